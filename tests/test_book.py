@@ -1,0 +1,317 @@
+"The build: what it says when a notebook fails, what it does not do twice, and what the check of the site sees."
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from superpos.book import NotebookError, _dependencies, execute, main, mathml, notebooks, problems, readme, superpos_imports
+
+settings = """[DEFAULT]
+repo = tiny
+lib_name = tiny
+title = tiny
+description = A book of two pages
+user = tiny
+branch = main
+author = nobody
+author_email = nobody@example.org
+copyright = none
+license = mit
+status = 3
+language = English
+min_python = 3.10
+version = 0.0.1
+nbs_path = nbs
+lib_path = tiny
+doc_path = _docs
+doc_host = https://tiny.example.org
+doc_baseurl = /tiny
+git_url = https://example.org/tiny
+custom_sidebar = True
+tst_flags = slow gpu
+"""
+site_config = """project: {type: website, output-dir: _docs}
+format: {html: {theme: {light: cosmo, dark: darkly}, toc: true, html-math-method: mathml}}
+website:
+  sidebar:
+    contents:
+      - index.ipynb
+      - {section: Pages, contents: [10_two.ipynb, 11_not_written_yet.ipynb]}
+      - {section: Later, contents: [12_nor_this.ipynb]}
+metadata-files: [nbdev.yml]
+"""
+
+
+def write(path: Path, *sources: str, outputs: dict[int, list] | None = None) -> Path:
+    "A notebook; sources that begin with '# ', or with a single '%', are text."
+    made = []
+    for n, source in enumerate(sources):
+        cell, is_text = dict(id=f"c{n}", metadata={}, source=source), source.startswith("# ") or source[0] == "%" != source[1]
+        if is_text: made.append(cell | dict(cell_type="markdown", source=source.lstrip("%")))
+        else: made.append(cell | dict(cell_type="code", execution_count=None, outputs=(outputs or {}).get(n, [])))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return json.loads(path.read_text())["cells"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path/"settings.ini").write_text(settings)
+    return tmp_path
+
+
+def failure(project: Path) -> str:
+    with pytest.raises(NotebookError) as caught: execute(project)
+    return str(caught.value)
+
+
+# ---- running
+
+
+def test_failure_names_notebook_cell_and_error(project):
+    write(project/"nbs"/"07_sums.ipynb", "# Sums", "def divide(a):\n    return a/0", "#| hide\n\ntotal = divide(3)", "never = 1")
+    before = (project/"nbs"/"07_sums.ipynb").read_bytes()
+    said = failure(project)
+    assert "07_sums.ipynb, cell 3 of 4 (`total = divide(3)`): ZeroDivisionError" in said
+    assert "divide, line 2: return a/0" in said and said.endswith("ZeroDivisionError: division by zero")
+    assert "IPython" not in said and len(said.splitlines()) < 8
+    assert (project/"nbs"/"07_sums.ipynb").read_bytes() == before
+
+
+def test_syntax_error_is_a_failure(project):
+    write(project/"nbs"/"00_a.ipynb", "x = = 1")
+    assert "cell 1 of 1 (`x = = 1`): SyntaxError" in failure(project)
+
+
+def test_process_that_dies_is_a_failure(project):
+    write(project/"nbs"/"00_a.ipynb", "import os", "os._exit(9)")
+    said = failure(project)
+    assert "00_a.ipynb, cell 2 of 2 (`os._exit(9)`)" in said and "code 9" in said
+
+
+def test_unreadable_notebook_is_a_failure(project):
+    write(project/"nbs"/"00_a.ipynb", "1").write_text('{"cells": [')
+    assert failure(project).startswith("00_a.ipynb is not a notebook")
+
+
+def test_failure_stops_the_rest(project):
+    write(project/"nbs"/"00_a.ipynb", "1/0")
+    for n in range(1, 6): write(project/"nbs"/f"0{n}_b.ipynb", "x = 1; x")
+    with pytest.raises(NotebookError): execute(project, workers=1)
+    assert read(project/"nbs"/"05_b.ipynb")[0]["outputs"] == []
+
+
+def test_slow_cells_are_skipped_and_emptied(project):
+    old = [dict(output_type="stream", name="stdout", text=["old"])]
+    page = write(project/"nbs"/"00_a.ipynb", "#| slow\n1/0", "#| gpu\n1/0", "#| eval: false\n1/0", "2", outputs={n: old for n in range(4)})
+    execute(project)
+    *skipped, last = read(page)
+    assert [c["outputs"] for c in skipped] == [[], [], []]
+    assert last["outputs"][0]["data"]["text/plain"] == ["2"]
+
+
+def test_running_twice_changes_nothing(project):
+    sources = "import matplotlib.pyplot as plt", "plt.plot([1, 3, 2]);", "object()", "{'b', 'a', 'c'}", "print(set('xyz'))"
+    page = write(project/"nbs"/"00_a.ipynb", *sources)
+    execute(project)
+    once = page.read_bytes()
+    assert b"image/png" in once and b"at 0x" not in once
+    (project/"_build"/"executed.json").unlink()
+    execute(project)
+    assert page.read_bytes() == once
+
+
+def test_only_what_changed_runs_again(project, capsys):
+    a, b = write(project/"nbs"/"00_a.ipynb", "1"), write(project/"nbs"/"01_b.ipynb", "2")
+    (project/"nbs"/"results").mkdir()
+
+    def ran() -> list[str]:
+        execute(project, workers=1)
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("ok")]
+    assert ran() == [a.name, b.name]
+    assert ran() == []
+    write(a, "3")
+    assert ran() == [a.name]
+    (project/"nbs"/"results"/"study-1.json").write_text("{}")
+    assert ran() == [a.name, b.name]
+
+
+def test_dependencies_reach_through_modules(project):
+    (project/"superpos").mkdir()
+    for name, source in dict(low="from .lowest import y", lowest="y = 1", other="z = 1").items():
+        (project/"superpos"/f"{name}.py").write_text(source)
+    (project/"constraints.txt").write_text("numpy==2")
+    page = write(project/"nbs"/"00_a.ipynb", "def f():\n    from superpos.low import y", "%%time\n1")
+    assert {p.name for p in _dependencies(project, page)} == {"low.py", "lowest.py", "constraints.txt"}
+
+
+@pytest.mark.parametrize("source,names", [
+    ("import superpos.plot as p, torch", {"plot"}), ("from superpos import core, plot", {"core", "plot"}),
+    ("from .core import f", {"core"}), ("from . import mask", {"mask"}),
+    ("class A:\n    def f(self):\n        from superpos.field import g", {"field"}),
+    ("import superpose.core", set()), ("from superpos import __version__", set())])
+def test_superpos_imports(source, names):
+    assert superpos_imports(source) == names
+
+
+def test_notebook_saved_meanwhile_is_left_alone(project, monkeypatch):
+    page = write(project/"nbs"/"00_a.ipynb", "from pathlib import Path", "with Path('00_a.ipynb').open('a') as f: f.write(' ')")
+    assert "was changed while it was running" in failure(project)
+    assert page.read_text().endswith(" ")
+
+
+def test_folder_without_notebooks_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no notebooks"): notebooks(tmp_path)
+
+
+def test_unknown_command_is_refused():
+    with pytest.raises(SystemExit, match="unknown command 'serve'; there are execute"): main(["serve"])
+
+
+# ---- formulas
+
+
+@pytest.mark.parametrize("text", [
+    "`$x$`", "``a ` $x$``", "```python\n'$x$'\n```", "~~~\n$x$\n~~~", r"\$5 and \$6", "$5 and $6", "a $ b $ c", "$x\n\ny$"])
+def test_what_is_no_formula_stays(text):
+    assert mathml(text) == text
+
+
+@pytest.mark.parametrize("latex,part", [
+    ("x_1", "<msub><mi>x</mi><mn>1</mn></msub>"), (r"\sigma(\beta s)", "<mi>&#x003C3;</mi>"), (r"\lVert s \rVert_1", 'form="postfix"'),
+    (r"\frac{a}{b}", "<mfrac>"), (r"\hat W", "<mover"), (r"W^\top", "<mi>&#x022A4;</mi>"),
+    (r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "<mtable")])
+def test_formulas_become_mathml(latex, part):
+    inline, block = mathml(f"so ${latex}$, and"), mathml(f"so\n\n$$\n{latex}\n$$\n\nand")
+    assert part in inline and inline.startswith("so <math") and 'display="inline"' in inline and inline.endswith("</math>, and")
+    assert part in block and 'display="block"' in block and "$" not in block + inline
+
+
+def test_markup_inside_a_formula_is_not_markdown():
+    assert not set("*_`[]") & set(mathml("$a^* b^* [c] d_1$"))
+
+
+@pytest.mark.parametrize("latex", [r"\nosuchcommand{x}", r"\left( x", "a & b"])
+def test_formula_that_cannot_be_written_is_refused(latex):
+    with pytest.raises(ValueError, match="no MathML for"): mathml(f"${latex}$")
+
+
+# ---- the site
+
+
+def tiny(project: Path) -> Path:
+    "A project of two pages with everything that a page can hold."
+    Image.new("L", (8, 2)).save(drawn := io.BytesIO(), "PNG")
+    data = {"image/png": base64.b64encode(drawn.getvalue()).decode(), "text/plain": ["<Figure>"]}
+    png = [dict(output_type="display_data", metadata={}, data=data)]
+    (project/"tiny").mkdir()
+    (project/"tiny"/"__init__.py").write_text('__version__ = "0.0.1"\n')
+    write(project/"nbs"/"index.ipynb", "# Tiny\n\n> A book of two pages.",
+          "%Look at [two](10_two.ipynb#twice) or [its figure](10_two.ipynb#fig-dot), where $x^2_i$ is.",
+          '#| label: fig-here\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\n1', outputs={2: png})
+    write(project/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "#| default_exp two", "%Text with `twice`.",
+          '#| export\ndef twice(\n    x: float,  # a number\n) -> float:\n    "$2x$, by adding."\n    return x + x',
+          '#| label: fig-dot\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\ntwice(1)', outputs={4: png})
+    (project/"nbs"/"_quarto.yml").write_text(site_config)
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"], cwd=project, check=True)
+    return project
+
+
+def command(project: Path, *words: str, path: str = os.path.dirname(sys.executable) + ":/usr/bin:/bin") -> subprocess.CompletedProcess:
+    env = os.environ | dict(PATH=path)
+    return subprocess.run([sys.executable, "-m", "superpos.book", *words], cwd=project, env=env, capture_output=True, text=True)
+
+
+def test_site_is_rendered_and_checked(project):
+    done = command(tiny(project), "render")
+    assert done.returncode == 0 and done.stdout.strip() == f"the site is at {project/'_docs'/'index.html'}", done.stderr
+    index, two = ((project/"_docs"/name).read_text() for name in ("index.html", "two.html"))
+    assert "two.html#twice" in index and "two.html#fig-dot" in index and 'id="fig-dot"' in two and 'id="twice"' in two
+    assert "<msubsup>" in index and "katex" not in (index + two).lower()
+    assert index.count('<img width="4" alt="One dot."') == 1  # half of its eight pixels
+    assert "not_written_yet" not in index and "Later" not in index
+    assert "fonts.googleapis" not in "".join(p.read_text() for p in (project/"_docs").rglob("*.css"))
+    checked = command(project, "check")
+    assert checked.returncode == 0 and "2 pages, every link leads somewhere" in checked.stdout, checked.stderr
+    (project/"_docs"/"two.html").write_text(two.replace('id="fig-dot"', "").replace('alt="One dot."', ""))
+    checked = command(project, "check")
+    assert checked.returncode == 1
+    assert {"index.html: no such place two.html#fig-dot", "two.html: no alternative text for picture 1"} <= set(checked.stderr.splitlines())
+
+
+def test_quarto_is_used_where_it_is_installed(project):
+    (project/"bin").mkdir()
+    (project/"bin"/"quarto").write_text('#!/bin/sh\necho "$@" > arguments; mkdir _docs; cat *.ipynb _quarto.yml > _docs/seen\n')
+    (project/"bin"/"quarto").chmod(0o755)
+    done = command(tiny(project), "render", path=f"{project/'bin'}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    seen = (project/"_docs"/"seen").read_text()
+    assert (project/"_proc"/"arguments").read_text().split()[0] == "render"
+    assert "$x^2_i$" in seen and "<math" not in seen and "html-math-method: mathml" in seen and "two.ipynb#twice" in seen
+
+
+def test_formula_in_a_page_names_the_page(project):
+    write(tiny(project)/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "%A formula $\\nosuchcommand$.")
+    done = command(project, "render")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(r"10_two.ipynb: no MathML for \nosuchcommand")
+
+
+good_page = '<html><head><link rel="canonical" href="https://x.org/a"></head><body><main><h1 id="here">A</h1>{}</main></body></html>'
+planted = [
+    ('<a href="b.html">b</a>', "broken link b.html"),
+    ('<a href="sub/c.html#gone">c</a>', "no such place sub/c.html#gone"),
+    ('<a href="#gone">c</a>', "no such place #gone"),
+    ('<a href="../outside.html">c</a>', "broken link ../outside.html"),
+    ('<img src="data:image/png;base64,AA">', "no alternative text for picture 1"),
+    ('<img alt="" src="data:image/png;base64,AA">', "no alternative text for picture 1"),
+    ('<img alt="a" src="gone.png">', "broken link gone.png"),
+    ('<img alt="a" src="https://x.org/a.png">', "loads https://x.org/a.png from the network"),
+    ('<script src="https://x.org/k.js"></script>', "loads https://x.org/k.js from the network"),
+    ('<link rel="stylesheet" href="//x.org/k.css">', "loads //x.org/k.css from the network"),
+    ('<style>@import "https://x.org/f";</style>', "loads https://x.org/f from the network"),
+    ("see @fig-a.", "unresolved cross-reference @fig-a"),
+    ("see <strong>?@sec-b</strong>", "unresolved cross-reference ?@sec-b")]
+
+
+@pytest.mark.parametrize("html,problem", planted)
+def test_planted_problem_is_found(tmp_path, html, problem):
+    (tmp_path/"sub").mkdir()
+    (tmp_path/"sub"/"c.html").write_text(good_page.format('<a href="../a.html#here">back</a>'))
+    (tmp_path/"a.html").write_text(good_page.format(html))
+    assert problems(tmp_path) == [f"a.html: {problem}"]
+
+
+def test_page_without_problems(tmp_path):
+    (tmp_path/"a.html").write_text(good_page.format(
+        '<a href="#here">here</a> <a href="">self</a> <a href="https://x.org/">away</a> <a href="mailto:me@fig-x.org">mail</a>'
+        '<img alt="a" src="data:image/png;base64,AA"> <code>@fig-a</code>'))
+    assert problems(tmp_path) == []
+
+
+def test_style_sheet_that_loads_a_font_is_found(tmp_path):
+    (tmp_path/"a.html").write_text(good_page.format(""))
+    own = "p{background:url(data:image/svg+xml;utf8,<svg xmlns='http://www.w3.org/2000/svg'/>)}"
+    (tmp_path/"a.css").write_text("@font-face{src:url(https://x.org/f.woff2)} " + own)
+    assert problems(tmp_path) == ["a.css: loads https://x.org/f.woff2 from the network"]
+
+
+def test_site_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no pages"): problems(tmp_path)
+
+
+def test_readme_has_text_and_pictures(project):
+    files = readme(tiny(project))
+    text = files[project/"README.md"].decode()
+    assert text.startswith("# Tiny\n") and "[two](nbs/10_two.ipynb#twice)" in text
+    assert '<a id="fig-here"></a>\n\n![One dot.](nbs/images/fig-here.png)\n\n*A dot.*' in text
+    assert files[project/"nbs"/"images"/"fig-here.png"].startswith(b"\x89PNG")

@@ -99,7 +99,7 @@ def receptive_field(
             return fields[node]
     raise ValueError(f"'{layer}' is not a single step of {type(model).__name__}'s forward pass; name one of the layers inside it")
 
-# %% ../nbs/20_field.ipynb #6e6d9933
+# %% ../nbs/20_field.ipynb #fb1d312a
 @dataclasses.dataclass(frozen=True)
 class _Link:
     "One step of a chain, and the padding that is left at the position of interest."
@@ -203,6 +203,7 @@ def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
         if node.op != "call_module": raise _NoChain(f"'{node.name}' is not a module")
         module = modules[node.target]
         if not isinstance(module, (nn.Conv2d, *_pooling, *_pointwise)): raise _NoChain(f"'{node.target}' is a {type(module).__name__}")
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str): raise _NoChain(f"'{node.target}' has padding '{module.padding}'")
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros": raise _NoChain(f"'{node.target}' pads by {module.padding_mode}")
         if isinstance(module, nn.AvgPool2d) and (any(_pair(module.padding)) or module.ceil_mode): raise _NoChain(f"'{node.target}' averages over padding")
         steps.append((node.target, module))
@@ -227,5 +228,9 @@ def _shrink(model, layer, size, position, steps) -> Pathway:
 
 def _shape_after(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(module, (nn.Conv2d, *_pooling)): return shape
-    rounded = math.ceil if getattr(module, "ceil_mode", False) else math.floor
-    return tuple(rounded((n + 2*p - d*(k - 1) - 1)/s) + 1 for n, (k, s, p, d) in zip(shape, _geometry(module)))
+    ceil, sizes = getattr(module, "ceil_mode", False), []
+    for n, (kernel, stride, padding, dilation) in zip(shape, _geometry(module)):
+        room = n + 2*padding - dilation*(kernel - 1) - 1
+        size = (math.ceil if ceil else math.floor)(room/stride) + 1
+        sizes.append(size - (ceil and (size - 1)*stride >= n + padding))  # a window must begin inside the image
+    return tuple(sizes)

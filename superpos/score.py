@@ -10,7 +10,7 @@ import torch
 from .core import progress
 from .field import Pathway
 
-# %% ../nbs/30_score.ipynb #4136970d
+# %% ../nbs/30_score.ipynb #45af4d3e
 def relevant_weights(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
@@ -18,6 +18,8 @@ def relevant_weights(
     "The convolution weights that the unit depends on."
     if not path.exact_crop: raise NotImplementedError(f"circuits need a chain of layers; {path.why}")
     weights = {name: p.detach() for name, p in path.parameters().items() if p.ndim == 4}
+    if grouped := [link.name for link in path.chain if getattr(link.module, "groups", 1) > 1]:
+        raise NotImplementedError(f"circuits through grouped convolutions are not supported; '{grouped[0]}' has groups")
     last = f"{path.layer}.weight"
     return {**weights, last: weights[last][unit:unit + 1]}
 

@@ -1,0 +1,78 @@
+"Recording AlexNet's `features.10` and training a mask on it: the receptive field alone against the usual ways, turn by turn."
+import statistics
+import time
+
+import pytest
+import torch
+import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from superpos.field import pathway
+from superpos.mask import Layout
+from superpos.model import outputs
+from superpos.score import relevant_weights
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    model = torchvision.models.alexnet(weights=None).eval().requires_grad_(False)
+    x = torch.randn(64, 3, 224, 224)
+    path = pathway(model, "features.10")
+    return model, x, path, path.crop(x).contiguous(memory_format=torch.channels_last)
+
+
+def full_model_with_hook(model, x):
+    kept = []
+    handle = model.features[10].register_forward_hook(lambda module, inputs, value: kept.append(value.clone()))
+    model(x)
+    handle.remove()
+    return kept[0][:, :, 6, 6]
+
+
+def interleaved(ways, rounds=5):
+    "Seconds of each way, run in turn so that a drift of the machine's speed hits all alike."
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
+
+
+def report(benchmark, seconds, baseline, count):
+    ours = list(seconds)[-1]
+    for name, s in seconds.items():
+        benchmark.extra_info[name] = f"{count/s:.1f} images/s, {seconds[baseline]/s:.2f} times '{baseline}'"
+        print(f"\n  {name}: {benchmark.extra_info[name]}", end="")
+    return seconds[baseline]/seconds[ours]
+
+
+@torch.no_grad()
+def test_recording(benchmark, setting):
+    model, x, path, crop = setting
+    extractor = create_feature_extractor(model, ["features.10"])
+    ways = {"full model with a hook": lambda: full_model_with_hook(model, x), "torchvision's extractor": lambda: extractor(x),
+            "pass ended at the layer": lambda: outputs(model, ["features.10"], x), "receptive field": lambda: path(path.crop(x)),
+            "receptive field, channels_last": lambda: path(crop)}
+    torch.testing.assert_close(path(crop), full_model_with_hook(model, x), rtol=1e-4, atol=1e-5)
+    report(benchmark, interleaved(ways), "full model with a hook", len(x))
+    benchmark(ways["receptive field, channels_last"])
+
+
+def test_mask_training_step(benchmark, setting):
+    model, x, path, crop = setting
+    layout, weights = Layout.of(path, 9), relevant_weights(path, 9)
+    mask = torch.ones(len(layout), requires_grad=True)
+
+    def dense():
+        masked = {n: w.clone() for n, w in layout.apply(mask, weights).items()}
+        last = "features.10.weight"
+        masked[last] = model.get_parameter(last).index_copy(0, torch.tensor([9]), masked[last])
+        return torch.autograd.grad(outputs(model, ["features.10"], x, weights=masked)["features.10"][:, 9, 6, 6].sum(), mask)[0]
+
+    def ours(): return torch.autograd.grad(path(crop, layout.apply(mask, weights), 9).sum(), mask)[0]
+    torch.testing.assert_close(ours(), dense(), rtol=1e-3, atol=1e-4)
+    report(benchmark, interleaved({"whole image": dense, "receptive field, channels_last": ours}, 3), "whole image", len(x))
+    benchmark(ours)

@@ -1,0 +1,118 @@
+"One unit from its pixels alone equals the same unit in the whole network; receptive fields against gradients."
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings, strategies as st
+from torch import nn
+
+from superpos.data import MissingData, find_data
+from superpos.field import pathway, receptive_field
+from superpos.model import ResNet8, load_model, outputs
+
+alexnet_layers = ["features.0", "features.3", "features.6", "features.8", "features.10"]
+
+
+def random_alexnet():
+    torch.manual_seed(0)
+    return torchvision.models.alexnet(weights=None).eval().requires_grad_(False)
+
+
+def trained_alexnet():
+    try: return load_model("alexnet", find_data("weights/alexnet_features.safetensors"))
+    except MissingData: pytest.skip("needs weights/alexnet_features.safetensors in SUPERPOS_DATA")
+
+
+@pytest.mark.filterwarnings("ignore:alexnet_features")
+@pytest.mark.parametrize("network", [random_alexnet, trained_alexnet])
+@pytest.mark.parametrize("layer", alexnet_layers)
+def test_crop_equals_whole_alexnet(network, layer):
+    model, x = network(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    whole = outputs(model, [layer], x)[layer]
+    last, middle = whole.shape[-1] - 1, whole.shape[-1]//2
+    for position in ((middle, middle), (0, 0), (0, last), (last, 0), (last, last), (1, middle), (middle, last - 1)):
+        path = pathway(model, layer, position=position)
+        assert path.exact_crop
+        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-5, atol=1e-5)
+
+
+def test_interior_crop_is_the_receptive_field():
+    model = random_alexnet()
+    path = pathway(model, "features.10")
+    assert path.window == receptive_field(model, "features.10").window(path.position) == ((30, 193), (30, 193))
+
+
+def test_resnet_falls_back_and_is_exact():
+    model, x = torchvision.models.resnet18(weights=None).eval(), torch.randn(2, 3, 64, 64)
+    path = pathway(model, "layer2.0.conv2", (64, 64))
+    assert not path.exact_crop and "join" in path.why
+    row, column = path.position
+    torch.testing.assert_close(path(path.crop(x), unit=5), outputs(model, ["layer2.0.conv2"], x)["layer2.0.conv2"][:, 5, row, column])
+
+
+def test_resnet_before_its_first_branch_is_cropped():
+    model, x = torchvision.models.resnet18(weights=None).eval(), torch.randn(2, 3, 64, 64)
+    path = pathway(model, "layer1.0.conv1", (64, 64))
+    row, column = path.position
+    assert path.exact_crop
+    torch.testing.assert_close(path(path.crop(x)), outputs(model, ["layer1.0.conv1"], x)["layer1.0.conv1"][:, :, row, column], rtol=1e-4, atol=1e-5)
+
+
+convolution = st.builds(lambda k, s, p, d: lambda: nn.Conv2d(3, 3, k, s, min(p, k), d), st.integers(1, 4), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2))
+pool = st.builds(lambda k, s, p, c: lambda: nn.MaxPool2d(k, s, min(p, k//2), ceil_mode=c), st.integers(2, 3), st.integers(1, 3), st.integers(0, 1), st.booleans())
+mean = st.builds(lambda k, s: lambda: nn.AvgPool2d(k, s), st.integers(1, 3), st.integers(1, 2))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.one_of(convolution, pool, mean, st.just(nn.ReLU), st.just(lambda: nn.BatchNorm2d(3))), max_size=4), st.data())
+def test_any_chain(layers, data):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(make() for make in layers), nn.Conv2d(3, 2, 2)).eval(), torch.randn(1, 3, 23, 19)
+    last = str(len(layers))
+    try: whole = outputs(model, [last], x)[last]
+    except RuntimeError: return  # the image is too small for these layers
+    position = tuple(data.draw(st.integers(0, n - 1)) for n in whole.shape[-2:])
+    path = pathway(model, last, (23, 19), position)
+    torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name,layer,size", [
+    ("vgg11", "features.13", 96), ("resnet18", "layer2.1.conv2", 128), ("squeezenet1_0", "features.5.expand3x3", 128),
+    ("googlenet", "inception3a.branch3.1.conv", 128), ("mobilenet_v2", "features.4.conv.2", 96)])
+def test_gradients_stay_inside_the_field(name, layer, size):
+    torch.manual_seed(0)
+    extra = dict(init_weights=False) if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **extra).eval()
+    x = torch.rand(4, 3, size, size, requires_grad=True)
+    values = outputs(model, [layer], x)[layer]
+    position = tuple(n//2 for n in values.shape[-2:])
+    values[:, :, position[0], position[1]].abs().sum().backward()
+    rows, columns = (x.grad.abs().amax((0, 1)).amax(d).nonzero().ravel() for d in (1, 0))
+    (top, bottom), (left, right) = receptive_field(model, layer).window(position)
+    assert top <= rows[0] and rows[-1] < bottom and left <= columns[0] and columns[-1] < right
+    clipped = min(bottom, size) - max(top, 0)
+    assert rows[-1] + 1 - rows[0] >= .85*clipped  # max pooling may leave the outermost pixels unused
+
+
+@pytest.mark.parametrize("call,message", [
+    (lambda m: pathway(m, "features.11x"), "no layer 'features.11x'"),
+    (lambda m: pathway(m, "features.1"), "not a convolution"),
+    (lambda m: pathway(m, "features.10", position=(13, 0)), "positions up to"),
+    (lambda m: pathway(m.train(), "features.10"), "training mode"),
+    (lambda m: receptive_field(m, "avgpool"), "AdaptiveAvgPool2d"),
+    (lambda m: receptive_field(m, "features"), "not a single step"),
+    (lambda m: pathway(m, "features.0")(torch.zeros(1, 3, 224, 224)), "takes crops of 11 × 11")])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message): call(random_alexnet())
+
+
+def test_given_weights_replace_the_models_on_both_ways():
+    torch.manual_seed(0)
+    for model, layer in ((random_alexnet(), "features.3"), (ResNet8().eval(), "stages.0.conv2")):
+        name = f"{layer}.weight"
+        path = pathway(model, layer, (64, 64))
+        x, weight = path.crop(torch.rand(2, 3, 64, 64)), model.state_dict()[name]
+        before = weight.clone()
+        one_row = path(x, {name: 2*weight[4:5]}, unit=4)
+        all_rows = path(x, {name: 2*weight}, unit=4)
+        torch.testing.assert_close(one_row, all_rows)
+        assert not torch.allclose(one_row, path(x, unit=4)) and torch.equal(weight, before)

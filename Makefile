@@ -24,7 +24,7 @@ lab: $(ready)
 	@.venv/bin/jupyter lab nbs
 
 bench: $(ready)
-	@$(run) pytest tests/benchmarks --benchmark-enable --benchmark-only
+	@$(run) pytest tests/benchmarks --benchmark-enable --benchmark-only -s
 
 $(ready): constraints.txt pyproject.toml settings.ini
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

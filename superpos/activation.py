@@ -9,12 +9,12 @@ __all__ = ['Recording', 'record', 'Patches', 'strongest_patches']
 import dataclasses
 from collections.abc import Callable, Sequence
 
-# %% ../nbs/21_activation.ipynb #66f3ca20
+# %% ../nbs/21_activation.ipynb #3c89f028
 import numpy as np
 import torch
 from torch import nn
-from .core import default_device, progress
-from .field import Pathway, pathway, receptive_field
+from .core import progress
+from .field import pathway, receptive_field
 from .model import Unit, check_unit, imagenet_input, outputs
 
 # %% ../nbs/21_activation.ipynb #c7b40313

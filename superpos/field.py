@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Axis', 'Field', 'receptive_field', 'Pathway', 'pathway']
 
-# %% ../nbs/20_field.ipynb #bf383642
+# %% ../nbs/20_field.ipynb #e362f48c
 import dataclasses, math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # %% ../nbs/20_field.ipynb #0fd7d70a
 import torch

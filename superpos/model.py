@@ -6,9 +6,8 @@
 __all__ = ['Unit', 'SmallAlexNet', 'Block', 'ResNet8', 'layers', 'find_layer', 'check_unit', 'outputs', 'load_model',
            'fingerprint', 'imagenet_input']
 
-# %% ../nbs/04_model.ipynb #0b6df290
+# %% ../nbs/04_model.ipynb #6188352d
 import contextlib, dataclasses, difflib, hashlib, warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 # %% ../nbs/04_model.ipynb #dc81311e

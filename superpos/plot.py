@@ -8,8 +8,7 @@ __all__ = ['palette', 'own', 'other', 'background', 'style', 'images', 'distribu
 # %% ../nbs/01_plot.ipynb #f621b2ec
 from collections.abc import Mapping, Sequence
 
-# %% ../nbs/01_plot.ipynb #f4760353
-import matplotlib as mpl
+# %% ../nbs/01_plot.ipynb #2e1d621a
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns

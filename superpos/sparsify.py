@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['objectives', 'Level', 'separate', 'preserve', 'Learned', 'sparsify']
 
-# %% ../nbs/32_sparsify.ipynb #2d3b857f
-import dataclasses, math
+# %% ../nbs/32_sparsify.ipynb #a9c1ab0f
+import dataclasses
 
-# %% ../nbs/32_sparsify.ipynb #3d0792cf
+# %% ../nbs/32_sparsify.ipynb #28c54e75
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .core import progress
 from .field import Pathway
-from .mask import Layout, check_keep, hard, soft, undecided
+from .mask import Layout, check_keep, soft, undecided
 from .score import relevant_weights
 
 # %% ../nbs/32_sparsify.ipynb #b7f10e50

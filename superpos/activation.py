@@ -9,15 +9,15 @@ __all__ = ['Recording', 'record', 'Patches', 'strongest_patches']
 import dataclasses
 from collections.abc import Callable, Sequence
 
-# %% ../nbs/21_activation.ipynb #3c89f028
+# %% ../nbs/21_activation.ipynb #fec4057e
 import numpy as np
 import torch
 from torch import nn
 from .core import progress
 from .field import pathway, receptive_field
-from .model import Unit, check_unit, imagenet_input, outputs
+from .model import Unit, check_evaluation, check_unit, imagenet_input, outputs
 
-# %% ../nbs/21_activation.ipynb #c7b40313
+# %% ../nbs/21_activation.ipynb #d4c19a32
 @dataclasses.dataclass(frozen=True)
 class Recording:
     "A layer's values at one position, for many images."
@@ -44,16 +44,20 @@ def record(
 ) -> Recording:
     "All units of a layer at one position, for every image."
     if not len(images): raise ValueError("there are no images to record")
-    path = pathway(model, layer, tuple(images[0].shape[-2:]), position)
+    shape = images[0].shape
+    path = pathway(model, layer, tuple(shape[-2:]), position)
     device, values = next(model.parameters()).device, []
     for start in progress(range(0, len(images), batch), f"recording {layer}"):
-        x = torch.stack([path.crop(images[i]) for i in range(start, min(start + batch, len(images)))])
+        part = [images[i] for i in range(start, min(start + batch, len(images)))]
+        if odd := [i for i, image in enumerate(part, start) if image.shape != shape]:
+            raise ValueError(f"images must be of one size to be recorded; image {odd[0]} is {tuple(part[odd[0] - start].shape)}, the first {tuple(shape)}")
+        x = torch.stack([path.crop(image) for image in part])
         values.append(path(prepare(x.to(device))).float().cpu())
     values = torch.cat(values).numpy()
     if len(bad := np.flatnonzero(~np.isfinite(values).all(1))): raise FloatingPointError(f"'{layer}' is not finite for image {bad[0]} and {len(bad) - 1} more")
     return Recording(values, layer, path.position, path.why)
 
-# %% ../nbs/21_activation.ipynb #71538eaf
+# %% ../nbs/21_activation.ipynb #cad044b3
 @dataclasses.dataclass(frozen=True)
 class Patches:
     "The receptive fields in which a unit is strongest, one for each image."
@@ -71,12 +75,15 @@ def strongest_patches(
     prepare: Callable = imagenet_input,  # (N, 3, H, W) bytes to what the model takes
 ) -> Patches:
     "Cut from each image the receptive field in which the unit is strongest."
+    if not len(images): raise ValueError("there are no images to cut patches from")
+    check_evaluation(model)
     unit = check_unit(model, unit)
     field = receptive_field(model, unit.layer)
     device, found = next(model.parameters()).device, []
     for i in progress(range(len(images)), f"patches of {unit}"):
         image = images[i]
         values = outputs(model, [unit.layer], prepare(image[None].to(device)))[unit.layer][0, unit.index].cpu()
+        if not values.isfinite().all(): raise FloatingPointError(f"{unit} is not finite for image {i}")
         inside = [torch.tensor([0 <= axis.span(p)[0] and axis.span(p)[1] <= n for p in range(m)])
                   for axis, n, m in zip((field.rows, field.columns), image.shape[-2:], values.shape)]
         inside = inside[0][:, None] & inside[1]

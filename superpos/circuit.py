@@ -20,14 +20,14 @@ from .mask import Layout
 from .model import Unit, check_unit, fingerprint
 from .score import relevant_weights
 
-# %% ../nbs/33_circuit.ipynb #417fab32
+# %% ../nbs/33_circuit.ipynb #3c8ee074
 @dataclasses.dataclass(frozen=True)
 class Circuit:
     "Which parameters are kept, for which unit of which weights, and why."
     unit: Unit  # the one it is for
     mask: torch.Tensor  # bool, flat, in `layout`
     layout: Layout  # of the mask
-    weights: str  # `fingerprint` of the relevant weights' tensors
+    weights: str  # `fingerprint` of the layers that it runs through, biases included
     cluster: str  # the group of images it is for, in words
     method: str  # how it was found
     settings: dict = dataclasses.field(default_factory=dict)  # parameters and seed of the method, as JSON types
@@ -44,7 +44,9 @@ class Circuit:
     ) -> "Circuit":
         "The circuit of a mask on the model's present weights."
         if mask.dtype != torch.bool or len(mask) != len(layout): raise ValueError(f"the mask must be {len(layout)} booleans, got {len(mask)} of {mask.dtype}")
-        return cls(check_unit(model, unit), mask.cpu(), layout, fingerprint(model, list(layout.names)), cluster, method, settings)
+        unit = check_unit(model, unit)
+        if layout.names[-1] != f"{unit.layer}.weight": raise ValueError(f"the layout ends at '{layout.names[-1]}', not at {unit}")
+        return cls(unit, mask.cpu(), layout, _identity(model, layout), cluster, method, settings)
 
     @property
     def keep(self) -> float:
@@ -74,7 +76,7 @@ class Circuit:
             mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=len(layout)).astype(bool))
         except (SafetensorError, KeyError, TypeError, ValueError) as problem: raise ValueError(f"{Path(path).name} is not the file of a circuit: {problem}") from problem
         unknown = set(layout.names) - set(model.state_dict())
-        if unknown or fingerprint(model, list(layout.names)) != about["weights"]:
+        if unknown or _identity(model, layout) != about["weights"]:
             raise ValueError(f"{Path(path).name} belongs to other weights ({about['weights']}) than this {type(model).__name__}'s")
         return cls(check_unit(model, about["unit"]), mask, layout, about["weights"], about["cluster"], about["method"], about["settings"])
 
@@ -84,6 +86,11 @@ class Circuit:
     ) -> torch.Tensor:  # pre-activations, (N,)
         "The unit's response on the circuit alone."
         return respond(path, self.unit.index, x, self.mask, self.layout)
+
+def _identity(model: nn.Module, layout: Layout) -> str:
+    "A digest of all that the response of a circuit depends on: the layers of the layout, and normalisation."
+    layers = {name.rpartition(".")[0] for name in layout.names} | {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    return fingerprint(model, [name for name in model.state_dict() if name.rpartition(".")[0] in layers])
 
 @torch.no_grad()
 def respond(

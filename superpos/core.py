@@ -96,7 +96,7 @@ def results_dir() -> Path:  # may not exist yet
         if (root/"settings.ini").exists() and (root/"nbs").is_dir(): return root/"nbs"/"results"
     return cache_dir()/"results"
 
-# %% ../nbs/00_core.ipynb #57ea4b05
+# %% ../nbs/00_core.ipynb #d6e7f5e9
 def encode(
     x,  # numbers, strings, None, lists, tuples, dicts, numpy arrays, torch tensors, pandas frames, nested as you like
 ):  # the same as plain JSON types
@@ -115,6 +115,7 @@ def encode(
     raise TypeError(f"cannot save a {type(x).__module__}.{type(x).__name__}; turn it into numbers, text, lists, dicts, arrays or data frames")
 
 def _text_key(key) -> str:
+    if key in ("__array__", "__frame__"): raise TypeError(f"'{key}' is not free as a key of saved results; call it something else")
     if isinstance(key, str): return key
     raise TypeError(f"keys of saved results must be text, got {key!r}")
 
@@ -156,7 +157,7 @@ class Result:
         p = self.provenance
         return f"{self.name} ({given}): {p['seconds']:,.0f} s on {p['device']}, {p['date']}, superpos {p['superpos']}, torch {p['torch']}"
 
-# %% ../nbs/00_core.ipynb #1046ac5e
+# %% ../nbs/00_core.ipynb #b957a228
 class MissingResult(LookupError):
     "A result was asked for that has not been computed."
 
@@ -168,7 +169,8 @@ def _read_result(path: Path, name: str, params: dict) -> Result | None:
     if not path.exists(): return None
     try:
         saved = json.loads(path.read_text())
-        if (saved["name"], saved["params"]) != (name, encode(params)): raise ValueError("it holds the result of another call")
+        asked, found = (json.dumps(call, sort_keys=True) for call in ([name, encode(params)], [saved["name"], saved["params"]]))
+        if asked != found: raise ValueError("it holds the result of another call")
         return Result(name, params, saved["provenance"], decode(saved["value"]))
     except (ValueError, KeyError, TypeError) as problem:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")

@@ -9,11 +9,11 @@ __all__ = ['Axis', 'Field', 'receptive_field', 'Pathway', 'pathway']
 import dataclasses, math
 from collections.abc import Iterator
 
-# %% ../nbs/20_field.ipynb #0fd7d70a
+# %% ../nbs/20_field.ipynb #7a9638f4
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from .model import find_layer, outputs
+from .model import check_evaluation, find_layer, outputs
 
 # %% ../nbs/20_field.ipynb #1f26c19e
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def receptive_field(
             return fields[node]
     raise ValueError(f"'{layer}' is not a single step of {type(model).__name__}'s forward pass; name one of the layers inside it")
 
-# %% ../nbs/20_field.ipynb #fb1d312a
+# %% ../nbs/20_field.ipynb #4cf0063a
 @dataclasses.dataclass(frozen=True)
 class _Link:
     "One step of a chain, and the padding that is left at the position of interest."
@@ -154,9 +154,9 @@ class Pathway:
                 rows = slice(None) if unit is None or link.name != self.layer else slice(unit, unit + 1)
                 x = _convolve(x, link, weights, rows)
             elif isinstance(link.module, nn.MaxPool2d): x = F.max_pool2d(x, link.module.kernel_size, link.module.stride, dilation=link.module.dilation)
-            elif isinstance(link.module, nn.AvgPool2d): x = F.avg_pool2d(x, link.module.kernel_size, link.module.stride)
+            elif isinstance(link.module, nn.AvgPool2d): x = F.avg_pool2d(x, link.module.kernel_size, link.module.stride, divisor_override=link.module.divisor_override)
             elif isinstance(link.module, nn.ReLU): x = F.relu(x)
-            else: x = link.module(x)
+            else: x = link.module(x.clone() if getattr(link.module, "inplace", False) else x)
         return x.flatten(1)
 
     def _whole(self, x, weights, unit):
@@ -180,10 +180,10 @@ def pathway(
     position: tuple[int, int] | None = None,  # row and column in the layer's map; the centre by default
 ) -> Pathway:
     "The cheapest exact way to a layer's units at one position."
-    if model.training: raise ValueError("the model is in training mode, where values depend on the other images of the batch; call model.eval() first")
+    check_evaluation(model)
     if not isinstance(find_layer(model, layer), nn.Conv2d): raise ValueError(f"'{layer}' is not a convolution")
-    device = next(model.parameters()).device
-    with torch.no_grad(): height, width = outputs(model, [layer], torch.zeros(1, 3, *size, device=device))[layer].shape[-2:]
+    like = next(model.parameters())
+    with torch.no_grad(): height, width = outputs(model, [layer], torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype))[layer].shape[-2:]
     position = position or (height//2, width//2)
     if not (0 <= position[0] < height and 0 <= position[1] < width):
         raise ValueError(f"'{layer}' has positions up to ({height - 1}, {width - 1}) for images of {size[0]} × {size[1]}, got {position}")
@@ -197,7 +197,9 @@ def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
     try: graph = _trace(model)
     except Exception as problem: raise _NoChain(f"the network cannot be traced ({type(problem).__name__})") from problem
     modules, steps = dict(model.named_modules()), []
-    node = next(n for n in graph.nodes if n.op == "call_module" and n.target == layer)
+    node = next((n for n in graph.nodes if n.op == "call_module" and n.target == layer), None)
+    if node is None: raise _NoChain(f"'{layer}' is not a single step of the traced network")
+    if modules[layer].groups > 1: raise _NoChain(f"'{layer}' has groups")
     while node.op != "placeholder":
         if len(node.all_input_nodes) != 1: raise _NoChain(f"branches join at '{node.name}'")
         if node.op != "call_module": raise _NoChain(f"'{node.name}' is not a module")
@@ -221,6 +223,7 @@ def _shrink(model, layer, size, position, steps) -> Pathway:
             for axis, (kernel, stride, padding, dilation) in enumerate(_geometry(module)):
                 first = spans[axis][0]*stride - padding
                 last = (spans[axis][1] - 1)*stride - padding + (kernel - 1)*dilation + 1
+                if last <= 0 or first >= shape[axis]: raise _NoChain(f"the position sees nothing but the padding of '{name}'")
                 overhang.append((max(0, -first), max(0, last - shape[axis])))
                 spans[axis] = max(0, first), min(shape[axis], last)
         links.append(_Link(name, module, (*overhang[1], *overhang[0]) if overhang else (0, 0, 0, 0)))

@@ -10,7 +10,7 @@ import torch
 from .core import progress
 from .field import Pathway
 
-# %% ../nbs/30_score.ipynb #45af4d3e
+# %% ../nbs/30_score.ipynb #1134a9c9
 def relevant_weights(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
@@ -21,6 +21,7 @@ def relevant_weights(
     if grouped := [link.name for link in path.chain if getattr(link.module, "groups", 1) > 1]:
         raise NotImplementedError(f"circuits through grouped convolutions are not supported; '{grouped[0]}' has groups")
     last = f"{path.layer}.weight"
+    if not 0 <= unit < len(weights[last]): raise ValueError(f"'{path.layer}' has units 0..{len(weights[last]) - 1}, got {unit}")
     return {**weights, last: weights[last][unit:unit + 1]}
 
 def gather(

@@ -45,7 +45,7 @@ def preserve(
 
 objectives = dict(separate=separate, preserve=preserve)
 
-# %% ../nbs/32_sparsify.ipynb #81943a0f
+# %% ../nbs/32_sparsify.ipynb #167f8590
 @dataclasses.dataclass(frozen=True)
 class Learned:
     "A learned mask, and how well it ended."
@@ -94,6 +94,8 @@ def sparsify(
     for name, images in dict(own=own, other=other, background=background).items():
         if len(images) < 2: raise ValueError(f"'{name}' needs at least two images, got {len(images)}")
     if objective not in objectives: raise ValueError(f"objective is one of {', '.join(objectives)}, got '{objective}'")
+    if not 0 < reach <= 1: raise ValueError(f"reach is a part of the steps, above 0 and up to 1, got {reach}")
+    if min(batch) < 1: raise ValueError(f"each step needs at least one image of each group, got batch = {batch}")
     if steps < 2: raise ValueError(f"steps must be at least 2, got {steps}")
     groups, weights, layout = (own, other, background), relevant_weights(path, unit), Layout.of(path, unit, per)
     total, target = len(layout), check_keep(keep, len(layout))

@@ -162,3 +162,26 @@ def test_circuit_files(net, path, tmp_path):
     file.write_bytes(whole)
     with pytest.raises(ValueError, match="belongs to other weights"): Circuit.load(file, SmallAlexNet(width=4))
     with pytest.raises(ValueError, match="booleans"): Circuit.of(net, "features.6:3", torch.ones(3).bool(), layout, "", "")
+
+
+def test_a_circuit_is_bound_to_biases_too(net, path, tmp_path):
+    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
+    Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
+    shifted = SmallAlexNet(width=4).eval()
+    shifted.load_state_dict(net.state_dict())
+    Circuit.load(file, shifted)
+    with torch.no_grad(): shifted.features[3].bias[0] += 1
+    with pytest.raises(ValueError, match="belongs to other weights"): Circuit.load(file, shifted)
+
+
+def test_images_that_cannot_be_recorded_are_refused(net):
+    images = [torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(3, 70, 64, dtype=torch.uint8)]
+    with pytest.raises(ValueError, match=r"image 1 is \(3, 70, 64\)"): record(net, "features.6", images)
+    with pytest.raises(ValueError, match="no images"): strongest_patches(net, "features.6:0", [])
+    with pytest.raises(FloatingPointError, match="features.6:0 is not finite for image 0"):
+        strongest_patches(net, "features.6:0", images, lambda x: x*torch.nan)
+
+
+def test_a_unit_out_of_range_is_named(path):
+    for unit in (-1, 24):
+        with pytest.raises(ValueError, match=f"units 0..23, got {unit}"): relevant_weights(path, unit)

@@ -112,3 +112,14 @@ def test_seeds_and_devices(monkeypatch):
 def test_progress_is_quiet_when_asked(monkeypatch, capfd):
     monkeypatch.setenv("SUPERPOS_QUIET", "1")
     assert list(progress(range(3), "counting")) == [0, 1, 2] and capfd.readouterr() == ("", "")
+
+
+def test_a_parameter_that_is_not_a_number_is_still_the_same_parameter(tmp_path):
+    runs = []
+    for _ in range(2): cached("study", lambda x: runs.append(x), folder=tmp_path, x=float("nan"))
+    assert len(runs) == 1 and not list(tmp_path.glob("*.damaged-*"))
+
+
+@pytest.mark.parametrize("key", ["__array__", "__frame__"])
+def test_reserved_keys_are_refused(key):
+    with pytest.raises(TypeError, match="not free as a key"): encode({key: 1})

@@ -116,3 +116,88 @@ def test_given_weights_replace_the_models_on_both_ways():
         all_rows = path(x, {name: 2*weight}, unit=4)
         torch.testing.assert_close(one_row, all_rows)
         assert not torch.allclose(one_row, path(x, unit=4)) and torch.equal(weight, before)
+
+
+# ---- other networks, and fields against exact gradients
+
+def random_trunk(name):
+    torch.manual_seed(0)
+    models = torchvision.models
+    if name.startswith("vgg"): return models.vgg.make_layers(models.vgg.cfgs[{"vgg11": "A", "vgg16": "D"}[name]], False).eval()
+    return models.get_model(name, weights=None).eval()
+
+
+@pytest.mark.parametrize("name,layer,size", [("vgg11", "13", 64), ("vgg16", "17", 64), ("squeezenet1_0", "features.3.squeeze", 75), ("mobilenet_v2", "features.2.conv.0.0", 40)])
+@torch.no_grad()
+def test_crop_equals_other_networks(name, layer, size):
+    model, x = random_trunk(name), torch.randn(2, 3, size, size + 6)
+    whole = outputs(model, [layer], x)[layer]
+    height, width = whole.shape[-2:]
+    for position in ((height//2, width//2), (0, width - 1), (height - 1, 0), (height - 1, width - 1)):
+        path = pathway(model, layer, x.shape[-2:], position)
+        assert path.exact_crop
+        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(path(path.crop(x), unit=5), whole[:, 5, position[0], position[1]], rtol=1e-4, atol=1e-5)
+
+
+def all_positive(model):
+    "Averages for maxima, no ReLU6, positive weights: every pixel of the field then has a positive gradient."
+    for parent in list(model.modules()):
+        for name, m in list(parent.named_children()):
+            if isinstance(m, nn.MaxPool2d): setattr(parent, name, nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode))
+            if isinstance(m, nn.ReLU6): setattr(parent, name, nn.Identity())
+            if isinstance(m, nn.Conv2d): m.weight.data.abs_(); m.bias is None or m.bias.data.abs_()
+    return model.double()
+
+
+@pytest.mark.parametrize("name,layer", [("alexnet", "features.8"), ("vgg11", "13"), ("vgg16", "14"), ("resnet18", "layer2.1.conv2"),
+                                        ("squeezenet1_0", "features.7.expand3x3"), ("mobilenet_v2", "features.6.conv.1.0")])
+def test_fields_are_where_the_gradient_is_not_zero(name, layer):
+    model = random_trunk(name)
+    x = torch.rand(1, 3, 150, 170, dtype=torch.double, requires_grad=True)
+    field = receptive_field(model, layer)
+    values = outputs(all_positive(model), [layer], x)[layer]
+    for position in ((0, 0), (0, values.shape[3]//2), (values.shape[2]//2, values.shape[3]//2)):
+        gradient, = torch.autograd.grad(values[:, :, position[0], position[1]].sum(), x, retain_graph=True)
+        rows, columns = (gradient[0].amax((0, d)).nonzero().ravel().tolist() for d in (2, 1))
+        for seen, (first, last), n in zip((rows, columns), field.window(position), x.shape[-2:]):
+            assert seen == list(range(max(0, first), min(n, last)))
+
+
+# ---- what is easily got wrong
+
+class Own(nn.Conv2d):
+    def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+odd_chains = {
+    "padding as wide as the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=1)], "padding wider than the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=2)],
+    "a divisor of its own": [nn.AvgPool2d(2, divisor_override=1), nn.Conv2d(3, 4, 3)], "a convolution with its own forward": [nn.Conv2d(3, 4, 3), Own(4, 4, 3)],
+    "the same before the last": [Own(3, 4, 3), nn.Conv2d(4, 4, 3)], "rectangles": [nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 2)), nn.MaxPool2d((3, 2), (1, 2)), nn.Conv2d(4, 4, (3, 1), dilation=(2, 1))],
+    "padding by name": [nn.Conv2d(3, 4, 2, padding="same"), nn.Conv2d(4, 4, 3)], "reflection": [nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3)],
+    "groups at the end": [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2)], "rounded up": [nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.Conv2d(3, 4, 3, padding=1)]}
+
+
+@pytest.mark.parametrize("chain", odd_chains.values(), ids=odd_chains)
+@torch.no_grad()
+def test_odd_chains_are_exact_at_every_position(chain):
+    model, x, last = nn.Sequential(*chain).eval(), torch.randn(2, 3, 11, 14), str(len(chain) - 1)
+    whole = outputs(model, [last], x)[last]
+    for i in range(whole.shape[2]):
+        for j in range(whole.shape[3]):
+            path = pathway(model, last, (11, 14), (i, j))
+            torch.testing.assert_close(path(path.crop(x)), whole[:, :, i, j], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(path(path.crop(x), unit=3), whole[:, 3, i, j], rtol=1e-4, atol=1e-5)
+
+
+def test_a_part_in_training_mode_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)).eval()
+    model[1].train()
+    with pytest.raises(ValueError, match="training mode"): pathway(model, "2", (9, 9))
+
+
+def test_images_are_not_written_to():
+    model, x = nn.Sequential(nn.ReLU6(inplace=True), nn.Conv2d(3, 2, 3)).eval(), torch.randn(1, 3, 8, 8)
+    path, before = pathway(model, "1", (8, 8)), x.clone()
+    path(path.crop(x))
+    assert torch.equal(x, before)

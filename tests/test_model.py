@@ -116,7 +116,7 @@ class Payload:
 
 def test_a_file_that_would_run_code_is_refused_and_does_not_run(squeezenet, tmp_path):
     torch.save({**squeezenet.state_dict(), "extra": Payload(str(tmp_path/"ran"))}, tmp_path/"evil.pth")
-    with pytest.raises(Exception, match="[Uu]nsupported|weights_only|refused"): load_model("squeezenet1_1", tmp_path/"evil.pth")
+    with pytest.raises(Exception, match="nothing else is loaded"): load_model("squeezenet1_1", tmp_path/"evil.pth")
     assert not (tmp_path/"ran").exists()
 
 def test_weights_that_are_not_numbers_are_refused_by_name(squeezenet, tmp_path):

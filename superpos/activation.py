@@ -17,7 +17,7 @@ from .core import progress
 from .field import pathway, receptive_field
 from .model import Unit, check_evaluation, check_unit, imagenet_input, outputs
 
-# %% ../nbs/21_activation.ipynb #d4c19a32
+# %% ../nbs/21_activation.ipynb #0fbb868d
 @dataclasses.dataclass(frozen=True)
 class Recording:
     "A layer's values at one position, for many images."
@@ -49,8 +49,8 @@ def record(
     device, values = next(model.parameters()).device, []
     for start in progress(range(0, len(images), batch), f"recording {layer}"):
         part = [images[i] for i in range(start, min(start + batch, len(images)))]
-        if odd := [i for i, image in enumerate(part, start) if image.shape != shape]:
-            raise ValueError(f"images must be of one size to be recorded; image {odd[0]} is {tuple(part[odd[0] - start].shape)}, the first {tuple(shape)}")
+        for i, image in enumerate(part, start):
+            if image.shape != shape: raise ValueError(f"images must be of one size to be recorded; image {i} is {tuple(image.shape)}, the first {tuple(shape)}")
         x = torch.stack([path.crop(image) for image in part])
         values.append(path(prepare(x.to(device))).float().cpu())
     values = torch.cat(values).numpy()

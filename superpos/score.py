@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['relevant_weights', 'gather', 'magnitude', 'snip']
 
-# %% ../nbs/30_score.ipynb #328ae471
+# %% ../nbs/30_score.ipynb #ab92f804
 import torch
 from .core import progress
 from .field import Pathway
+from .model import Unit, check_unit
 
-# %% ../nbs/30_score.ipynb #1134a9c9
+# %% ../nbs/30_score.ipynb #91b04fa3
 def relevant_weights(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
@@ -21,7 +22,7 @@ def relevant_weights(
     if grouped := [link.name for link in path.chain if getattr(link.module, "groups", 1) > 1]:
         raise NotImplementedError(f"circuits through grouped convolutions are not supported; '{grouped[0]}' has groups")
     last = f"{path.layer}.weight"
-    if not 0 <= unit < len(weights[last]): raise ValueError(f"'{path.layer}' has units 0..{len(weights[last]) - 1}, got {unit}")
+    check_unit(path.model, Unit(path.layer, unit))
     return {**weights, last: weights[last][unit:unit + 1]}
 
 def gather(

@@ -12,15 +12,18 @@ import torch
 from scipy.optimize import linear_sum_assignment, quadratic_assignment
 from scipy.sparse.csgraph import connected_components
 
-# %% ../nbs/11_geometry.ipynb #f5d24e14
+# %% ../nbs/11_geometry.ipynb #9732c4c3
 def _check(W: torch.Tensor, matrix: bool = False) -> None:
-    if not isinstance(W, torch.Tensor) or not W.is_floating_point(): raise ValueError(f"W must be a tensor of floats, got {W.dtype if isinstance(W, torch.Tensor) else type(W)}")
+    kind = W.dtype if isinstance(W, torch.Tensor) else type(W).__name__
+    if not getattr(kind, "is_floating_point", False): raise ValueError(f"W must be a torch tensor of floats, got {kind}")
     if W.ndim < 2: raise ValueError(f"W must have shape (..., dimensions, features), got {tuple(W.shape)}")
-    if matrix and W.ndim > 2: raise ValueError(f"this looks at one model: W must have shape (dimensions, features), got {tuple(W.shape)}; select one, such as W[0, 0]")
-    if not W.isfinite().all(): raise ValueError(f"W holds {int((~W.isfinite()).sum())} values that are not finite; did the training diverge?")
+    if matrix and W.ndim > 2:
+        raise ValueError(f"this takes one model of shape (dimensions, features), got {tuple(W.shape)}; select one, such as W[0, 0]")
+    if bad := int((~W.isfinite()).sum()): raise ValueError(f"W holds {bad} values that are not finite; did the training diverge?")
 
 def _check_level(name: str, value: float, below: float = float("inf")) -> None:
-    if not 0 <= value < below: raise ValueError(f"{name} must be at least 0" + f" and below {below:g}"*(below < float("inf")) + f", got {value}")
+    if not 0 <= value < below:
+        raise ValueError(f"{name} must be at least 0{f' and below {below}' if below < float('inf') else ''}, got {value}")
 
 # %% ../nbs/11_geometry.ipynb #8829307d
 def norms(
@@ -52,16 +55,16 @@ def interference(
     squares = (_unit(W).mT @ (_unit(W) if normalised else W))**2
     return squares.sum(-1) - squares.diagonal(dim1=-2, dim2=-1)
 
-# %% ../nbs/11_geometry.ipynb #5bcd1b29
+# %% ../nbs/11_geometry.ipynb #83cf132d
 def dimensionality(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (..., n), each in 0..1; 0 for a column of zeros
-    "D_i = ‖W_i‖²/Σ_j(Ŵ_i·W_j)², the fraction of a dimension that each feature has (Elhage et al. 2022, *The geometry of superposition*)."
+    "D_i = ‖W_i‖²/Σ_j(Ŵ_i·W_j)², each feature's fraction of a dimension (Elhage et al. 2022, *The geometry of superposition*)."
     _check(W)
     total = ((_unit(W).mT @ W)**2).sum(-1)
     return W.square().sum(-2)/torch.where(total > 0, total, 1)
 
-# %% ../nbs/11_geometry.ipynb #4ed2a08c
+# %% ../nbs/11_geometry.ipynb #ccf7a7a0
 def capacity(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (...), between 0 and m
@@ -71,7 +74,7 @@ def capacity(
 def dimensions_per_feature(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (...); infinite if no feature is represented
-    "m/‖W‖_F²: as ‖W‖_F² is about the number of represented features, how much room each of them has (Elhage et al. 2022, *The geometry of superposition*)."
+    "m/‖W‖_F², where ‖W‖_F² is about how many features are represented (Elhage et al. 2022, *The geometry of superposition*)."
     _check(W)
     return W.shape[-2]/W.square().sum((-2, -1))
 
@@ -97,7 +100,7 @@ def components(
     _, label = connected_components(projections > threshold, directed=True, connection="weak")
     return [tuple(kept[label == group].tolist()) for group in dict.fromkeys(label.tolist())]
 
-# %% ../nbs/11_geometry.ipynb #8e8d423a
+# %% ../nbs/11_geometry.ipynb #e12fdcb5
 def _polygon(n: int, turn: float = 0) -> torch.Tensor:
     angles = (torch.arange(n, dtype=torch.float64) + turn)*2*torch.pi/n
     return torch.stack([angles.cos(), angles.sin()])
@@ -115,6 +118,7 @@ def _cross(n: int) -> torch.Tensor:
 def _solids(n: int) -> dict[str, list[torch.Tensor]]:
     "Arrangements on the sphere that exist for one number of features only."
     pole, square, turned, pentagon = _polygon(1), _polygon(4), _polygon(4, .5), _polygon(5)
+    if n == 4: return {"tetrahedron": [_stack((pole, 1), (_polygon(3), -1/3))]}
     if n == 5: return {"triangular bipyramid": [_stack((_polygon(3), 0), (pole, 1), (pole, -1))],
                        "square pyramid": [_stack((square, -z), (pole, 1)) for z in np.linspace(0, 6**-.5, 5)]}
     if n == 7: return {"pentagonal bipyramid": [_stack((pentagon, 0), (pole, 1), (pole, -1))]}
@@ -123,7 +127,7 @@ def _solids(n: int) -> dict[str, list[torch.Tensor]]:
     if n == 12: return {"icosahedron": [_stack((pole, 1), (pentagon, 5**-.5), (_polygon(5, .5), -5**-.5), (pole, -1))]}
     return {}
 
-# %% ../nbs/11_geometry.ipynb #21571c33
+# %% ../nbs/11_geometry.ipynb #f6fe0f6b
 def catalogue(
     n: int,  # number of features
 ) -> dict[str, torch.Tensor]:  # name: directions of length 1, float64, (shapes, dimensions, n)
@@ -131,7 +135,8 @@ def catalogue(
     if n < 1: raise ValueError(f"an arrangement has at least one feature, got n = {n}")
     if n == 1: return {"single": torch.ones(1, 1, 1, dtype=torch.float64)}
     shapes = {{2: "digon", 3: "triangle", 4: "tetrahedron"}.get(n, "simplex"): [_simplex(n)]}
-    if n > 2: shapes[{3: "triangle", 4: "square", 5: "pentagon", 6: "hexagon", 7: "heptagon", 8: "octagon"}.get(n, f"{n}-gon")] = [_polygon(n)]
+    polygons = dict(enumerate(("triangle", "square", "pentagon", "hexagon", "heptagon", "octagon"), start=3))
+    if n > 2: shapes[polygons.get(n, f"{n}-gon")] = [_polygon(n)]
     if n > 5 and n % 2 == 0: shapes["octahedron" if n == 6 else "cross polytope"] = [_cross(n)]
     return {name: torch.stack(variants) for name, variants in (shapes | _solids(n)).items()}
 
@@ -160,7 +165,7 @@ def _search(G: np.ndarray, R: np.ndarray, enough: float, starts: int = 50) -> fl
         if best <= enough: break
     return float(best)
 
-# %% ../nbs/11_geometry.ipynb #5a57564a
+# %% ../nbs/11_geometry.ipynb #91c654c3
 def deviation(
     W: torch.Tensor,  # (m, n)
     reference: torch.Tensor,  # (k, n), in any number of dimensions
@@ -168,7 +173,8 @@ def deviation(
 ) -> float:  # 0 for the same arrangement, 1 at most
     "Relative difference of the Gram matrices, after the best reordering and scaling that were found."
     for V in (W, reference): _check(V, matrix=True)
-    if W.shape[1] != reference.shape[1]: raise ValueError(f"only equally many features can be compared, got {W.shape[1]} and {reference.shape[1]}")
+    if W.shape[1] != reference.shape[1]:
+        raise ValueError(f"only equally many features can be compared, got {W.shape[1]} and {reference.shape[1]}")
     if not (W.any() and reference.any()): raise ValueError("every feature is zero: there is no arrangement to compare")
     return _search(_scaled_gram(W), _scaled_gram(reference), enough)
 

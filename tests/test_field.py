@@ -1,12 +1,13 @@
 "One unit from its pixels alone equals the same unit in the whole network; receptive fields against gradients."
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from superpos.data import MissingData, find_data
-from superpos.field import pathway, receptive_field
+from superpos.field import Axis, Field, effective_field, pathway, receptive_field
 from superpos.model import ResNet8, load_model, outputs
 
 alexnet_layers = ["features.0", "features.3", "features.6", "features.8", "features.10"]
@@ -98,8 +99,10 @@ def test_gradients_stay_inside_the_field(name, layer, size):
     (lambda m: pathway(m, "features.1"), "not a convolution"),
     (lambda m: pathway(m, "features.10", position=(13, 0)), "positions up to"),
     (lambda m: pathway(m.train(), "features.10"), "training mode"),
-    (lambda m: receptive_field(m, "avgpool"), "AdaptiveAvgPool2d"),
-    (lambda m: receptive_field(m, "features"), "not a single step"),
+    (lambda m: receptive_field(m, "avgpool"), "adaptive_avg_pool2d.*in 'avgpool'"),
+    (lambda m: receptive_field(m.train(), "features.3"), "training mode"),
+    (lambda m: effective_field(m, "features.3:0", torch.zeros(1, 3, 64, 64), (40, 0)), "positions up to"),
+    (lambda m: effective_field(m, "classifier.1:0", torch.zeros(1, 3, 64, 64)), "no rows and columns"),
     (lambda m: pathway(m, "features.0")(torch.zeros(1, 3, 224, 224)), "takes crops of 11 × 11")])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call(random_alexnet())
@@ -124,7 +127,7 @@ def random_trunk(name):
     torch.manual_seed(0)
     models = torchvision.models
     if name.startswith("vgg"): return models.vgg.make_layers(models.vgg.cfgs[{"vgg11": "A", "vgg16": "D"}[name]], False).eval()
-    return models.get_model(name, weights=None).eval()
+    return models.get_model(name, weights=None, **(dict(init_weights=False) if name == "googlenet" else {})).eval()
 
 
 @pytest.mark.parametrize("name,layer,size", [("vgg11", "13", 64), ("vgg16", "17", 64), ("squeezenet1_0", "features.3.squeeze", 75), ("mobilenet_v2", "features.2.conv.0.0", 40)])
@@ -151,7 +154,8 @@ def all_positive(model):
 
 
 @pytest.mark.parametrize("name,layer", [("alexnet", "features.8"), ("vgg11", "13"), ("vgg16", "14"), ("resnet18", "layer2.1.conv2"),
-                                        ("squeezenet1_0", "features.7.expand3x3"), ("mobilenet_v2", "features.6.conv.1.0")])
+                                        ("squeezenet1_0", "features.7.expand3x3"), ("mobilenet_v2", "features.6.conv.1.0"),
+                                        ("googlenet", "inception4a.branch3.1.conv")])
 def test_fields_are_where_the_gradient_is_not_zero(name, layer):
     model = random_trunk(name)
     x = torch.rand(1, 3, 150, 170, dtype=torch.double, requires_grad=True)
@@ -201,3 +205,86 @@ def test_images_are_not_written_to():
     path, before = pathway(model, "1", (8, 8)), x.clone()
     path(path.crop(x))
     assert torch.equal(x, before)
+
+
+# ---- the field of whatever the forward pass does
+
+class Free(nn.Module):
+    "Control flow on values, functional layers, padding by hand, a reused convolution: what `torch.fx` cannot trace."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = F.pad(x, (2, 0, 1, 1))
+        for _ in range(2 if x.sum() >= 0 else 3): x = torch.relu_(self.conv(x))
+        return self.head(torch.cat([F.max_pool2d(x, 2), F.avg_pool2d(x, (2, 2))], 0) + 1)
+
+
+def test_networks_that_cannot_be_traced():
+    model = Free().eval()
+    assert receptive_field(model, "head", (20, 20)) == Field(Axis(6, 2, -3), Axis(6, 2, -4))
+    x = torch.rand(1, 3, 20, 20, dtype=torch.double, requires_grad=True)
+    gradient, = torch.autograd.grad(outputs(all_positive(model), ["head"], x)["head"][:, :, 3, 4].sum(), x)
+    rows, columns = (gradient[0].amax((0, d)).nonzero().ravel().tolist() for d in (2, 1))
+    assert (rows, columns) == tuple([*range(*span)] for span in receptive_field(model, "head", (20, 20)).clipped((3, 4), (20, 20)))
+
+
+def test_a_composite_layer_has_the_field_of_its_last():
+    model = random_alexnet()
+    assert receptive_field(model, "features") == receptive_field(model, "features.12")
+
+
+class Calls(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.first, self.fn, self.last = nn.Conv2d(3, 3, 3), fn, nn.Conv2d(3, 2, 1)
+
+    def forward(self, x): return self.last(self.fn(self.first(x)))
+
+
+@pytest.mark.parametrize("fn,message", [
+    (lambda x: x.flip(-1), "'flip' is not an operation"), (lambda x: F.interpolate(x, scale_factor=2), "'interpolate' is not"),
+    (lambda x: F.pad(x, (1, 1, 1, 1), "circular"), "circular"), (lambda x: x + F.avg_pool2d(x, 1, 2).repeat(1, 1, 2, 2), "'repeat' is not"),
+    (lambda x: x[..., ::2, ::2] + F.max_pool2d(x, 2), "'getitem' is not"), (lambda x: x*x.mean((2, 3), keepdim=True), "'mean' is not"),
+    (lambda x: F.max_pool2d(x[:, :, :4, :4], 1) + F.max_pool2d(x, 2, 2)[:, :, :4, :4], "'getitem' is not"), (lambda x: torch.zeros_like(x), "'zeros_like' is not")])
+def test_unknown_operations_are_refused_by_name(fn, message):
+    with pytest.raises(ValueError, match=f"field of 'last' cannot be told.*{message}"): receptive_field(Calls(fn).eval(), "last", (18, 18))
+
+
+def test_branches_at_different_scales_are_refused():
+    model = Calls(lambda x: F.max_pool2d(x, 1, 2) + F.max_pool2d(x, 3, 1, 1).narrow(2, 0, 8).narrow(3, 0, 8)).eval()
+    with pytest.raises(ValueError, match="'narrow' is not"): receptive_field(model, "last", (18, 18))
+    with pytest.raises(ValueError, match="jumps of 2 and 1 pixels"): receptive_field(Calls(lambda x: F.max_pool2d(x, 1, 2) + F.max_pool2d(x, 9, 1)).eval(), "last", (18, 18))
+
+
+def test_nothing_is_left_on_the_model():
+    model = random_alexnet()
+    receptive_field(model, "features.3")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_field_outside_the_image():
+    with pytest.raises(ValueError, match="sees nothing"): Field(Axis(3, 1, -9), Axis(3, 1, 0)).clipped((2, 2), (10, 10))
+
+
+def test_the_effective_field_is_the_gradient():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Conv2d(4, 2, 3)).eval(), torch.rand(2, 3, 9, 9, dtype=torch.double)
+    model.double()
+    energy, step = torch.zeros(9, 9, dtype=torch.double), 1e-5
+    with torch.no_grad():
+        for n in range(2):
+            for c in range(3):
+                for i in range(9):
+                    for j in range(9):
+                        d = torch.zeros(1, 3, 9, 9, dtype=torch.double)
+                        d[0, c, i, j] = step
+                        energy[i, j] += ((model(x[n:n + 1] + d) - model(x[n:n + 1] - d))[0, 1, 2, 2]/(2*step))**2
+    torch.testing.assert_close(effective_field(model, "2:1", x), energy/energy.sum(), rtol=1e-4, atol=1e-7)
+
+
+def test_a_unit_without_a_gradient_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 2, 3)).eval()
+    nn.init.zeros_(model[0].weight)
+    with pytest.raises(ValueError, match="0:1 has no gradient"): effective_field(model, "0:1", torch.rand(1, 3, 5, 5))

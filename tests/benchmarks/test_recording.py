@@ -1,12 +1,14 @@
 "Recording AlexNet's `features.10` and training a mask on it: the receptive field alone against the usual ways, turn by turn."
 import statistics
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from superpos.activation import _advance, _empty
 from superpos.field import pathway
 from superpos.mask import Layout
 from superpos.model import outputs
@@ -76,3 +78,19 @@ def test_mask_training_step(benchmark, setting):
     torch.testing.assert_close(ours(), dense(), rtol=1e-3, atol=1e-4)
     report(benchmark, interleaved({"whole image": dense, "receptive field, channels_last": ours}, 3), "whole image", len(x))
     benchmark(ours)
+
+
+def test_survey(benchmark, setting):
+    "What keeping the strongest 100 images of 256 units adds to recording them."
+    torch.manual_seed(0)
+    empty = lambda: _empty("features.10", SimpleNamespace(how=""), dict(k=100, images=["random", 50_000], sample=2048, seed=0), 256)
+    batches = torch.randn(50, 64, 256)
+    def keep():
+        found = empty()
+        for values in batches: found = _advance(found, values)
+    model, x, path, crop = setting
+    seconds = interleaved({"recording": lambda: path(crop), "keeping": keep})
+    share = seconds["keeping"]/len(batches)/seconds["recording"]
+    benchmark.extra_info["keeping"] = f"{share:.1%} of the recording's time, over the first {64*len(batches):,} images, when most is new"
+    print(f"\n  keeping the strongest: {benchmark.extra_info['keeping']}", end="")
+    benchmark.pedantic(keep, rounds=1)

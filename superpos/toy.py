@@ -248,7 +248,7 @@ def _check_fit(toy: Toy, features: Features) -> None:
     if toy.W.ndim != 4 or toy.n != features.n or len(toy.W) != features.instances:
         raise ValueError(f"models of shape {tuple(toy.W.shape)} do not fit {features.instances} instances of {features.n} features; W is (instances, seeds, m, n)")
 
-# %% ../nbs/10_toy.ipynb #a9181131
+# %% ../nbs/10_toy.ipynb #053f23a6
 def initial(
     features: Features,  # one or more instances
     m: int,  # hidden dimensions
@@ -259,10 +259,13 @@ def initial(
     _check_kind(kind)
     if not (isinstance(m, int) and m >= 1): raise ValueError(f"m must be a whole number of dimensions, at least 1, got {m!r}")
     seeds, n = _as_seeds(seeds, features.instances), features.n
-    def normal(salt, *shape):
-        made = {s: torch.randn(*shape, generator=torch.Generator().manual_seed(s ^ salt)) for s in seeds.unique().tolist()}
-        return torch.stack([torch.stack([made[s] for s in row]) for row in seeds.tolist()])*(2/(n + m))**.5
-    return Toy(normal(0, m, n), torch.zeros(*seeds.shape, n), V=normal(1 << 61, n, m) if kind == "absolute" else None, kind=kind)
+    if bad := [s for s in seeds.flatten().tolist() if not 0 <= s < 2**32]: raise ValueError(f"seeds must be between 0 and 2³²−1, got {bad[0]}")
+    scale, untied, drawn = (2/(n + m))**.5, kind == "absolute", {}
+    for s in seeds.unique().tolist():
+        generator = torch.Generator().manual_seed(s)
+        drawn[s] = [scale*torch.randn(*shape, generator=generator) for shape in ((m, n), (n, m))[:1 + untied]]
+    W, *V = (torch.stack([torch.stack([drawn[s][which] for s in row]) for row in seeds.tolist()]) for which in range(1 + untied))
+    return Toy(W, torch.zeros(*seeds.shape, n), V=V[0] if untied else None, kind=kind)
 
 # %% ../nbs/10_toy.ipynb #6fe0a8b5
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,7 +66,7 @@ def test_streams_of_seeds_and_steps_are_unrelated():
        kind=st.sampled_from(kinds), data=st.data())
 def test_company_does_not_matter(n, m, instances, batch, threads, kind, data):
     features = Features(n, density=torch.rand(instances, 1).clamp(.05))
-    seeds = data.draw(st.lists(st.integers(0, 2**40), min_size=1, max_size=3, unique=True))
+    seeds = data.draw(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=3, unique=True))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try: together = train(features, m, kind, seeds=seeds, steps=7, batch=batch, quiet=True)
@@ -80,6 +80,14 @@ def test_initial_scale_does_not_depend_on_the_number_of_models():
     for instances, seeds in ((1, 400), (40, 10)):
         W = initial(Features(20, density=torch.full((instances, 1), .5)), 5, seeds=torch.arange(instances*seeds).view(instances, seeds)).W
         assert W.std().item() == pytest.approx((2/25)**.5, rel=.02)
+
+
+def test_in_and_out_weights_start_apart():
+    toy = initial(Features(30), 10, "absolute", seeds=range(20))
+    r = torch.corrcoef(torch.stack([toy.W.flatten(), toy.V.flatten()]))[0, 1]
+    assert abs(r) < 4*toy.W.numel()**-.5 and toy.V.std().item() == pytest.approx((2/40)**.5, rel=.05)
+    assert torch.equal(toy.W, initial(Features(30), 10, seeds=range(20)).W)
+    with pytest.raises(ValueError, match="got 4294967296"): initial(Features(3), 2, seeds=[2**32])
 
 
 def test_snapshots_do_not_change_the_course():

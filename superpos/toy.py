@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from .core import atomic_write, progress
 
-# %% ../nbs/10_toy.ipynb #5f312976
+# %% ../nbs/10_toy.ipynb #6874eb4a
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
     "A distribution of sparse features for each of several instances of a toy model (Elhage et al. 2022, *Demonstrating superposition*)."
     n: int  # number of features
     density: torch.Tensor | float | None = None  # P(xᵢ ≠ 0), in (0, 1]; anything that broadcasts to (instances, n); 1 by default
     importance: torch.Tensor | float = 1.  # weight of each feature in the loss, ≥ 0; anything that broadcasts to (instances, n)
-    _: dataclasses.KW_ONLY
+    _: dataclasses.KW_ONLY  # what follows is given by name
     signed: bool = False  # values are uniform on [−1, 1], not on [0, 1]
     correlated: Sequence[Sequence[int]] = ()  # groups of features that are active together
     anticorrelated: Sequence[Sequence[int]] = ()  # groups of features of which at most one is active

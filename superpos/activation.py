@@ -170,7 +170,7 @@ class Survey:
             if "survey" not in (file.metadata() or {}): raise ValueError(f"{path} is not a survey")
             return cls(**json.loads(file.metadata()["survey"]), **{k: file.get_tensor(k) for k in file.keys()})
 
-# %% ../nbs/21_activation.ipynb #83be1547
+# %% ../nbs/21_activation.ipynb #d8bb98cd
 def _strongest(values: torch.Tensor, images: torch.Tensor, new: torch.Tensor, first: int) -> None:
     "Merge a batch (N, units) into the strongest so far (units, k), in place."
     busy = (new.amax(0) > values[:, -1]).nonzero().ravel()
@@ -184,8 +184,9 @@ def _advance(s: Survey, new: torch.Tensor) -> Survey:
     "The survey after one more batch; its tensors are changed in place."
     first, count = s.seen, len(new)
     _strongest(s.top_values, s.top_images, new, first)
-    mean, gap, total = new.double().mean(0), new.double().mean(0) - s.mean, first + count
-    spread = s.deviation.square()*first + new.double().var(0, correction=0)*count + gap.square()*(first*count/total)
+    exact, total = new.double(), first + count
+    gap = exact.mean(0) - s.mean
+    spread = s.deviation.square()*first + exact.var(0, correction=0)*count + gap.square()*(first*count/total)
     s.mean.add_(gap*(count/total))
     s.deviation.copy_((spread/total).sqrt())
     a, b = torch.searchsorted(s.sample_images, torch.tensor([first, total])).tolist()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['split', 'GroupTest', 'test_groups', 'Groups', 'find_groups', 'correct', 'exemplars', 'telling', 'attributions']
 
-# %% ../nbs/22_cluster.ipynb #762962b7
-import dataclasses, functools
+# %% ../nbs/22_cluster.ipynb #005b5a7d
+import dataclasses
 from collections.abc import Callable, Sequence
 
 # %% ../nbs/22_cluster.ipynb #cb91d34c

@@ -9,11 +9,11 @@ __all__ = ['phases', 'patterns', 'relu_mean', 'expected_loss', 'gradient', 'Opti
 # %% ../nbs/12_exact.ipynb #f12ea416
 import dataclasses, functools, itertools, math
 
-# %% ../nbs/12_exact.ipynb #0e01ff49
+# %% ../nbs/12_exact.ipynb #6060febb
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
-from .toy import Features, Toy
+from .toy import Features, Toy, _check_fit
 
 # %% ../nbs/12_exact.ipynb #5114e23e
 def _probabilities(features: Features, active: torch.Tensor) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _relu_inside(W, V, b, sign, absolute):
     orders = [[*range(f), *range(f + 1, len(on)), f] for f in range(len(on))]
     return sum(_face(U[..., order], V[..., None, :], b[..., None], unit[..., order]) for order in orders)
 
-# %% ../nbs/12_exact.ipynb #0e7672f8
+# %% ../nbs/12_exact.ipynb #9e078fff
 def _errors(kind, W, b, V, signs, probability):
     "Expected squared error of every output: (..., n); all but `signs` may have leading axes."
     if kind == "linear": return _linear(W.mT@W, b, signs, probability)
@@ -184,8 +184,7 @@ def expected_loss(
     features: Features,  # up to 6; as many instances as the models
 ) -> torch.Tensor:  # (instances, seeds), float64
     "E Σ Iᵢ (targetᵢ − x′ᵢ)², without sampling; differentiable."
-    if toy.W.ndim != 4 or toy.n != features.n or len(toy.W) != features.instances:
-        raise ValueError(f"models of shape {tuple(toy.W.shape)} do not fit {features.instances} instances of {features.n} features; W is (instances, seeds, m, n)")
+    _check_fit(toy, features)
     signs, probability, importance = _setting(features, toy.kind)
     W, b, V = (None if t is None else t.double() for t in (toy.W, toy.b, toy.V))
     return (_errors(toy.kind, W, b, V, signs, probability[:, None])*importance[:, None]).sum(-1)

@@ -11,16 +11,17 @@ import dataclasses, hashlib, operator, os, tarfile, tempfile, time, warnings, zi
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-# %% ../nbs/03_data.ipynb #831ce63d
+# %% ../nbs/03_data.ipynb #79b7d2aa
 import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import functional as TF
 
 # %% ../nbs/03_data.ipynb #f9e747e6
 from .core import cache_dir, default_device, progress
 
-# %% ../nbs/03_data.ipynb #ddac857f
+# %% ../nbs/03_data.ipynb #11a8e0ad
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Images:
     "Images with a label each: `images[i]` is a uint8 tensor (3, H, W), whatever it comes from."
@@ -30,6 +31,7 @@ class Images:
     classes: tuple[str, ...]  # their names
     factors: dict[str, np.ndarray] | None = None  # (N,) arrays of what each image was drawn from, where that is known
     skipped: tuple[tuple[Path, str], ...] = ()  # files left out of the set, each with the reason
+    shown: tuple[int, int] | None = None  # the short side that images are scaled to, and the centre square that is cut out; None: as they are
 
     def __post_init__(self):
         object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
@@ -48,10 +50,12 @@ class Images:
 
     def __getitem__(self, i: int) -> torch.Tensor:
         found = self.source[operator.index(i)]
-        if isinstance(found, np.ndarray): return torch.from_numpy(found.copy())
-        try: return torch.from_numpy(_decode(found))
-        except Exception as problem:
-            raise OSError(f"{found} cannot be read ({problem}); remove the file, or make the set anew if it has changed since") from problem
+        if isinstance(found, np.ndarray): image = torch.from_numpy(found.copy())
+        else:
+            try: image = torch.from_numpy(_decode(found))
+            except Exception as problem:
+                raise OSError(f"{found} cannot be read ({problem}); remove the file, or make the set anew if it has changed since") from problem
+        return image if self.shown is None else TF.center_crop(TF.resize(image, self.shown[0], antialias=True), self.shown[1])
 
     def select(self,
         indices,  # integers, a slice or a mask: what indexes a numpy array, or a tensor of these
@@ -61,6 +65,15 @@ class Images:
         source = self.source[at] if isinstance(self.source, np.ndarray) else tuple(self.source[i] for i in at)
         factors = self.factors and {k: v[at] for k, v in self.factors.items()}
         return dataclasses.replace(self, source=source, labels=self.labels[at], factors=factors)
+
+    def fit(self,
+        size: int,  # height and width of the square that is cut out of the centre, in pixels
+        short: int | None = None,  # the short side is scaled to this first; eight sevenths of `size` by default, as ImageNet networks are tested
+    ) -> "Images":
+        "The same images, all of one size."
+        short = short or round(size*8/7)
+        if not 1 <= size <= short: raise ValueError(f"a square of {size} pixels cannot be cut out of images whose short side is {short}")
+        return dataclasses.replace(self, name=f"{self.name} ({size} of {short} px)", shown=(short, size))
 
 # %% ../nbs/03_data.ipynb #fcef42d7
 def digits() -> Images:  # 1,797 images of 8 × 8 pixels in 10 classes

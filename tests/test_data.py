@@ -10,6 +10,7 @@ import requests
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from torchvision import transforms
 from torchvision.datasets import CIFAR10
 
 from superpos import data
@@ -476,3 +477,12 @@ def test_real_imagenet_samples():
 def test_real_polysemantic_clusters():
     clusters = folder(find_data("polysemantic/features.10_9", home))
     assert clusters.classes == ("cluster_0", "cluster_1") and np.bincount(clusters.labels).tolist() == [36, 35]
+
+def test_images_are_fitted_as_imagenet_networks_are_tested():
+    p = photographs(2, size=120)
+    tall = data.Images("tall", np.concatenate([p.source, p.source], 2), [0, 1], ("a", "b"))
+    ours = tall.fit(56)
+    theirs = transforms.Compose([transforms.Resize(64, antialias=True), transforms.CenterCrop(56)])
+    for i in (0, 1): assert torch.equal(ours[i], theirs(tall[i]))
+    assert "56 of 64 px" in ours.name and torch.equal(ours.select([1])[0], ours[1])
+    with pytest.raises(ValueError, match="a square of 80 pixels cannot be cut out of images whose short side is 64"): tall.fit(80, short=64)

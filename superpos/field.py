@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Axis', 'Field', 'receptive_field', 'effective_field', 'Pathway', 'pathway']
 
-# %% ../nbs/20_field.ipynb #ad118d71
-import contextlib, dataclasses, math
+# %% ../nbs/20_field.ipynb #339d4ce5
+import contextlib, dataclasses, functools, math
 from collections.abc import Callable, Iterator
 
 # %% ../nbs/20_field.ipynb #a7a7fe58
@@ -164,7 +164,7 @@ def effective_field(
     if not energy.sum() > 0: raise ValueError(f"{unit} has no gradient for these images: it is constant, or not finite")
     return energy/energy.sum()
 
-# %% ../nbs/20_field.ipynb #a009a4d8
+# %% ../nbs/20_field.ipynb #e09a0587
 _pointwise = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus,
               nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity)
 _pooling = (nn.MaxPool2d, nn.AvgPool2d)
@@ -184,10 +184,11 @@ class Pathway:
     "The way from an image to a layer's units at one position."
     model: nn.Module  # the network
     layer: str  # name of the layer that is reached
-    position: tuple[int, int]  # row and column in the layer's map
+    position: tuple[int, ...]  # row and column in the layer's map; (token,) or () in a linear layer
     window: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of the image that are needed
     chain: tuple[_Link, ...] | None  # the steps, where the window is all that is run; None: the whole image
     why: str  # the reason for one or the other
+    size: tuple[int, int, int]  # channels, height and width of the images
 
     @property
     def exact_crop(self) -> bool:
@@ -202,8 +203,8 @@ class Pathway:
         return images[..., top:bottom, left:right]
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        "Weights and biases of the convolutions and linear layers on the way, by their names in the model."
-        if self.chain is None: return {n: p for n, p in self.model.named_parameters()}
+        "What the values are computed from, by its names in the model, from the image to the layer; of a chain, the convolutions' weights and biases."
+        if self.chain is None: return {name: self.model.get_parameter(name) for name in self._names}
         return {f"{link.name}.{n}": p for link in self.chain if isinstance(link.module, nn.Conv2d) for n, p in link.module.named_parameters()}
 
     def __call__(self,
@@ -218,6 +219,22 @@ class Pathway:
         weights = weights or {}
         values = self._whole(x, weights, unit) if self.chain is None else self._cropped(x, weights, unit)
         return values if unit is None else values[:, 0]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        "The parameters from which a way leads to the values, found in the graph that autograd records."
+        own = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
+        like, names = next(iter(own.values())), {id(p): name for name, p in own.items()}
+        x = torch.zeros(1, *self.size, device=like.device, dtype=like.dtype)
+        with torch.enable_grad(): waiting = [self._whole(x, own, None).grad_fn]
+        seen, found = set(), []
+        while waiting:  # depth first, inputs before weights, so that names come in the order of the layers
+            node = waiting.pop()
+            if node is None or node in seen: continue
+            seen.add(node)
+            if hasattr(node, "variable"): found.append(names[id(node.variable)])
+            waiting += [before for before, _ in reversed(node.next_functions)]
+        return found
 
     def _cropped(self, x, weights, unit):
         for link in self.chain:
@@ -236,7 +253,9 @@ class Pathway:
         if unit is not None and row is not None and len(row) == 1:
             own = find_layer(self.model, self.layer).weight
             weights = {**weights, weight: own.index_copy(0, torch.tensor([unit], device=own.device), row)}
-        values = outputs(self.model, [self.layer], x, weights=weights)[self.layer][:, :, self.position[0], self.position[1]]
+        values = outputs(self.model, [self.layer], x, weights=weights)[self.layer]
+        convolution = isinstance(find_layer(self.model, self.layer), nn.Conv2d)
+        values = values[(slice(None),)*(1 + convolution) + self.position]
         return values if unit is None else values[:, unit:unit + 1]
 
 def _convolve(x: torch.Tensor, link: _Link, weights: dict, rows: slice) -> torch.Tensor:
@@ -247,25 +266,29 @@ def _convolve(x: torch.Tensor, link: _Link, weights: dict, rows: slice) -> torch
 
 def pathway(
     model: nn.Module,  # in evaluation mode
-    layer: str,  # a convolution
-    size: tuple[int, int] = (224, 224),  # height and width of the images
-    position: tuple[int, int] | None = None,  # row and column in the layer's map; the centre by default
+    layer: str,  # a convolution or a linear layer
+    size: tuple[int, ...] = (224, 224),  # height and width of the images, after their channels if those are not three
+    position: tuple[int, ...] | None = None,  # row and column in the layer's map, by default the centre; of tokens (token,), by default the first
 ) -> Pathway:
     "The cheapest exact way to a layer's units at one position."
     check_evaluation(model)
-    if not isinstance(find_layer(model, layer), nn.Conv2d): raise ValueError(f"'{layer}' is not a convolution")
-    like = next(model.parameters())
-    with torch.no_grad(): height, width = outputs(model, [layer], torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype))[layer].shape[-2:]
-    position = position or (height//2, width//2)
-    if not (0 <= position[0] < height and 0 <= position[1] < width):
-        raise ValueError(f"'{layer}' has positions up to ({height - 1}, {width - 1}) for images of {size[0]} × {size[1]}, got {position}")
+    target, like = find_layer(model, layer), next(model.parameters())
+    if not isinstance(target, (nn.Conv2d, nn.Linear)): raise ValueError(f"'{layer}' is not a convolution or a linear layer")
+    size = (*size,) if len(size) == 3 else (3, *size)
+    with torch.no_grad(): shape = outputs(model, [layer], torch.zeros(1, *size, device=like.device, dtype=like.dtype))[layer].shape
+    if shape[0] != 1: raise ValueError(f"the values of '{layer}' have shape {tuple(shape)} for one image; the batch must come first")
+    inner = shape[2:] if isinstance(target, nn.Conv2d) else shape[1:-1]
+    if position is None: position = (0,) if len(inner) == 1 else tuple(n//2 for n in inner)
+    if len(position) != len(inner) or not all(0 <= i < n for i, n in zip(position, inner)):
+        raise ValueError(f"'{layer}' has positions up to {tuple(n - 1 for n in inner)} for images of {size[1]} × {size[2]}, got {tuple(position)}")
     try: return _shrink(model, layer, size, position, _chain(model, layer))
-    except _NoChain as reason: return Pathway(model, layer, position, ((0, size[0]), (0, size[1])), None, f"whole images are run: {reason}")
+    except _NoChain as reason: return Pathway(model, layer, tuple(position), ((0, size[1]), (0, size[2])), None, f"whole images are run: {reason}", size)
 
 class _NoChain(Exception): "Why a layer cannot be reached through the window alone."
 
 def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
     "Names and modules of the steps to a layer, if each has one input."
+    if isinstance(find_layer(model, layer), nn.Linear): raise _NoChain(f"'{layer}' is a linear layer")
     try: graph = fx.Tracer().trace(model)
     except Exception as problem: raise _NoChain(f"the network cannot be traced ({type(problem).__name__})") from problem
     modules, steps = dict(model.named_modules()), []
@@ -286,7 +309,7 @@ def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
 
 def _shrink(model, layer, size, position, steps) -> Pathway:
     "Walk back from the position and keep, at each step, just what it needs."
-    shapes = [size]
+    shapes = [size[1:]]
     for _, module in steps: shapes.append(_shape_after(module, shapes[-1]))
     spans, links = [(i, i + 1) for i in position], []
     for (name, module), shape in zip(reversed(steps), reversed(shapes[:-1])):
@@ -299,7 +322,7 @@ def _shrink(model, layer, size, position, steps) -> Pathway:
                 overhang.append((max(0, -first), max(0, last - shape[axis])))
                 spans[axis] = max(0, first), min(shape[axis], last)
         links.append(_Link(name, module, (*overhang[1], *overhang[0]) if overhang else (0, 0, 0, 0)))
-    return Pathway(model, layer, tuple(position), tuple(spans), tuple(reversed(links)), "a chain of layers: the window is all that is run")
+    return Pathway(model, layer, tuple(position), tuple(spans), tuple(reversed(links)), "a chain of layers: the window is all that is run", size)
 
 def _shape_after(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(module, (nn.Conv2d, *_pooling)): return shape

@@ -1,17 +1,21 @@
 "Masks that are learned, on networks whose circuits are known; effective paths by enumeration; gradients by autograd."
-import copy, itertools
+import copy, itertools, pickle, signal, subprocess, sys, time
+from pathlib import Path
 
+import joblib
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from superpos.circuit import Circuit, auroc, effective, respond
 from superpos.field import pathway
-from superpos.mask import Layout, keep_top, random_like, top_like
+from superpos.mask import Layout, between, hard, hard_concrete, open_chance, random_like, soft, top_like
 from superpos.model import fingerprint, outputs
-from superpos.score import relevant_weights, snip
-from superpos.sparsify import sparsify
+from superpos.score import keep_top, relevant_weights
+from superpos import sparsify as training
+from superpos.sparsify import Recipe, frontier, settle, sparsify, sparsify_many
 
 def two_in_one(seed, width=6):
     "Two networks that do not touch, one for red and one for blue, whose last channels are added up; and which kernels are whose."
@@ -48,11 +52,11 @@ def test_the_planted_circuit_is_found(seed, own):
     torch.testing.assert_close(own_response, respond(path, 0, fresh[own - 1]), rtol=.15, atol=0)
 
 @pytest.mark.parametrize("objective", ["preserve", "separate"])
-@pytest.mark.parametrize("per", ["weight", "kernel", "filter"])
+@pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
 def test_both_objectives_tell_the_clusters_apart(objective, per):
     net, _ = two_in_one(0)
     path, (red, blue, dark) = pathway(net, "4", (7, 7)), images(0)
-    found = sparsify(path, 0, red, blue*2, dark, keep=.4, objective=objective, per=per, steps=150)
+    found = sparsify(path, 0, red, blue*2, dark, keep=.4, objective=objective, per=per, steps=150, patience=0)
     assert found.mask.sum() == round(.4*len(found.layout)) and found.loss.shape == found.kept.shape == (150,)
     if per == "filter": return  # the last layer has one filter, so nothing can be told apart without cutting it
     red, blue, _ = images(1)
@@ -63,28 +67,124 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
     net, _ = two_in_one(0)
     path, (red, blue, dark) = pathway(net, "4", (7, 7)), images(0)
     monkeypatch.setattr(type(path), "__call__", lambda *_: pytest.fail("the network was run"))
-    for change in (dict(own=red[:0]), dict(other=blue[:1]), dict(objective="win"), dict(keep=0), dict(keep=-.1), dict(keep=1.01), dict(keep=1e-9), dict(steps=1), dict(per="pixel")):
+    for change in (dict(own=red[:0]), dict(other=blue[:1]), dict(objective="win"), dict(keep=0), dict(keep=-.1), dict(keep=1.01), dict(keep=1e-9), dict(steps=1), dict(per="pixel"),
+                   dict(own=torch.where(red == red[3, 0, 2, 2], torch.nan, red)), dict(background=dark/0), dict(rate=0), dict(beta=.5), dict(epochs=1), dict(optimiser="lion"),
+                   dict(penalty=1e-3), dict(gate="concrete"), dict(keep=None, gate="stone"), dict(keep=None, penalty=-1), dict(batch=(0, 1, 1)), dict(reach=0)):
         with pytest.raises(ValueError): sparsify(path, 0, **dict(own=red, other=blue, background=dark) | change)
 
 # gradients, in double precision, against a network that is really cut
 
-@pytest.mark.parametrize("per", ["weight", "kernel", "filter"])
+pers = ["weight", "kernel", "filter", "channel"]
+
+def masked_by_hand(w, part, per):
+    "A weight times its mask, entry by entry."
+    out = torch.empty_like(w)
+    for at in itertools.product(*map(range, w.shape)): out[at] = w[at]*part[{"weight": at, "kernel": at[:2], "filter": at[:1], "channel": at[1:2]}[per]]
+    return out
+
+@pytest.mark.parametrize("per", pers)
+def test_masks_are_applied_entry_by_entry_and_several_at_once(per):
+    g = torch.Generator().manual_seed(0)
+    weights = {"convolution": torch.randn(4, 3, 2, 5, generator=g), "linear": torch.randn(3, 4, generator=g), "row": torch.randn(1, 3, generator=g)}
+    shape = lambda w: {"weight": w.shape, "kernel": w.shape[:2], "filter": w.shape[:1], "channel": w.shape[1:2]}[per]
+    layout = Layout(tuple(weights), tuple(tuple(shape(w)) for w in weights.values()), per)
+    masks = torch.rand(2, 3, len(layout), generator=g)
+    together = layout.apply(masks, weights)
+    for i, j in itertools.product(range(2), range(3)):
+        alone = layout.apply(masks[i, j], weights)
+        for name, part in layout.views(masks[i, j]).items():
+            expected = masked_by_hand(weights[name], part, per)
+            assert torch.equal(alone[name], expected) and torch.equal(together[name][i, j], expected)
+    assert torch.equal(layout.flatten(layout.views(masks)), masks)
+
+@pytest.mark.parametrize("per", pers)
 def test_gradient_of_the_mask_against_a_masked_copy(per):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 5, 3, 1, 1), nn.ReLU(), nn.Conv2d(5, 3, 3, 1, 1)).eval().requires_grad_(False)
     for position in ((4, 5), (0, 0), (7, 8)):
         path, x = pathway(net, "5", (16, 18), position), torch.randn(3, 3, 16, 18)
         layout, weights = Layout.of(path, 1, per), relevant_weights(path, 1)
-        mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(1)).requires_grad_()
-        fast, = torch.autograd.grad(path(path.crop(x), layout.apply(mask, weights), 1).square().sum(), mask)
+        logits = torch.randn(len(layout), generator=torch.Generator().manual_seed(1)).requires_grad_()
+        fast, = torch.autograd.grad(path(path.crop(x), layout.apply(soft(logits, 3.), weights), 1).square().sum(), logits)
         plain = {}
-        for name, part in layout.views(mask).items():
-            w = net.get_parameter(name)
-            expanded = part[(...,) + (None,)*(4 - part.ndim)].expand(-1, *w.shape[1:])
-            plain[name] = w*(expanded if len(expanded) == len(w) else torch.cat([torch.ones_like(w[:1]), expanded, torch.ones_like(w[2:])]))
+        for name, part in layout.views(torch.sigmoid(3*logits)).items():
+            masked, w = masked_by_hand(weights[name], part, per), net.get_parameter(name)
+            plain[name] = masked if len(masked) == len(w) else torch.cat([w[:1], masked, w[2:]])
         y = torch.func.functional_call(net, plain, (x,))[:, 1, position[0], position[1]]
-        slow, = torch.autograd.grad(y.square().sum(), mask)
+        slow, = torch.autograd.grad(y.square().sum(), logits)
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+def test_gradient_by_finite_differences():
+    net, _ = two_in_one(1, width=2)
+    net.double()
+    path = pathway(net, "4", (7, 7))
+    layout, weights, x = Layout.of(path, 0), relevant_weights(path, 0), torch.rand(3, 3, 7, 7, dtype=torch.double)
+    for gate in (lambda s: soft(s, 5.), hard_concrete, lambda s: hard_concrete(s, torch.full_like(s, .4))):
+        logits = torch.linspace(-.4, .4, len(layout), dtype=torch.double, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda s: path(x, layout.apply(gate(s), weights), 0), logits)
+
+def test_the_network_stays_usable_while_a_mask_is_trained():
+    net, _ = two_in_one(0)
+    before, state = fingerprint(net), {k: v.clone() for k, v in net.state_dict().items()}
+    path, groups = pathway(net, "4", (7, 7)), images(0)
+    seen = []
+    class Watch(training._Exact):
+        def during(self, logits, step):
+            if step == 3: seen.extend(fingerprint(m) for m in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)))); net.load_state_dict(state)
+            return super().during(logits, step)
+    reference = training._reference(path, 0, groups, [training._responses(path, 0, x) for x in groups])
+    training._train(path, 0, reference, Recipe(keep=.4, steps=6), Watch)
+    assert seen == [before]*3 and set(net.state_dict()) == set(state) and not any(p.requires_grad for p in net.parameters())
+
+def test_masks_under_autocast():
+    net, _ = two_in_one(0)
+    path, (x, _, _) = pathway(net, "4", (7, 7)), images(0)
+    layout, weights = Layout.of(path, 0), relevant_weights(path, 0)
+    def gradient():
+        logits = torch.linspace(-1, 1, len(layout)).requires_grad_()
+        y = path(x, layout.apply(soft(logits, 2.), weights), 0)
+        y.float().sum().backward()
+        return y, logits.grad
+    exact, wanted = gradient()
+    with torch.autocast("cpu", torch.bfloat16): rough, found = gradient()
+    assert rough.dtype == torch.bfloat16 and found.dtype == torch.float32
+    torch.testing.assert_close(rough.float(), exact, rtol=.03, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=.1, atol=.02*wanted.abs().max().item())
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_training_step_is_captured_in_a_cuda_graph():
+    net, _ = two_in_one(0)
+    path, x = pathway(net.cuda(), "4", (7, 7)), torch.cat(images(0)).cuda()
+    layout, weights, beta = Layout.of(path, 0), relevant_weights(path, 0), torch.ones((), device="cuda")
+    def start():
+        logits = torch.linspace(-.5, .5, len(layout), device="cuda").requires_grad_()
+        return logits, torch.optim.Adam([logits], lr=.05, capturable=True)
+    def step(logits, adam):
+        adam.zero_grad(set_to_none=False)
+        mask = soft(logits, beta)
+        (F.softplus(-path(x, layout.apply(mask, weights), 0)).mean() + 1e-3*mask.sum()).backward()
+        adam.step()
+    plain, captured = start(), start()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3): step(*captured)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): step(*captured)
+    for i in range(10): beta.fill_(1 + i); graph.replay()
+    beta.fill_(1)
+    for _ in range(3): step(*plain)
+    for i in range(10): beta.fill_(1 + i); step(*plain)
+    torch.testing.assert_close(captured[0], plain[0], rtol=1e-4, atol=1e-4)
+
+def test_hard_concrete_by_integration():
+    logits, noise = torch.tensor([-3., -1, 0, .5, 2]), torch.linspace(0, 1, 200_003)[1:-1, None]
+    for temperature, stretch in ((2/3, .1), (.3, .2)):
+        gates = hard_concrete(logits, noise, temperature, stretch)
+        torch.testing.assert_close((gates > 0).float().mean(0), open_chance(logits, temperature, stretch), rtol=0, atol=2e-4)
+    assert torch.equal(hard_concrete(logits) > .5, hard(logits)) and hard_concrete(torch.tensor([-9., 9])).tolist() == [0, 1]
+    assert hard_concrete(torch.zeros(1), torch.zeros(1)).item() == 0 and between(torch.tensor([[0, .5, 1], [.005, .995, .9]])).tolist() == pytest.approx([1/3, 1/3])
 
 def test_a_hard_mask_equals_a_network_with_zeros_in_it():
     net, _ = two_in_one(3)
@@ -96,14 +196,143 @@ def test_a_hard_mask_equals_a_network_with_zeros_in_it():
         for name, part in layout.views(mask).items(): cut.get_parameter(name)[~part] = 0
         torch.testing.assert_close(respond(path, 0, x, mask, layout, batch=5), outputs(cut, ["4"], x)["4"][:, 0, 0, 0])
 
-# scores and counts
+# training
 
-def test_images_of_opposite_effect_do_not_cancel_in_snip():
-    net = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False)).eval().requires_grad_(False)
-    path, x = pathway(net, "0", (1, 1)), torch.rand(1, 3, 1, 1)
-    one, both = (snip(path, 0, images)["0.weight"] for images in (x, torch.cat([x, -x])))
-    torch.testing.assert_close(both, 2*one)
-    assert (one > 0).all()
+def tiny(seed=0):
+    net, _ = two_in_one(seed)
+    return pathway(net, "4", (7, 7)), 0, *images(seed)
+
+def same(a, b):
+    return torch.equal(a.mask, b.mask) and all((getattr(a, n) == getattr(b, n)).all() for n in ("loss", "kept", "unsure")) and (a.undecided, a.gap) == (b.undecided, b.gap)
+
+def test_two_steps_of_the_source_by_hand(tmp_path):
+    "SGD with momentum on the cross-entropy and the price, β from 1 to 200 in two epochs, on a plain masked network."
+    path, unit, own, other, background = tiny()
+    net, layout, batch = path.model, Layout.of(path, 0), (4, 5, 6)
+    settle(path, unit, own, other, background, .01, epochs=2, steps=2, batch=batch, seed=7, resume=tmp_path/"state")
+    found = torch.load(tmp_path/"state")["logits"]
+    logits, g = torch.full((len(layout),), .05, requires_grad=True), torch.Generator().manual_seed(7)
+    momentum = torch.zeros(len(layout))
+    for beta in (1, 200):
+        x = [group[torch.randperm(len(group), generator=g)[:n]] for group, n in zip((own, other, background), batch)]
+        mask = torch.sigmoid(beta*logits)
+        plain = {name: masked_by_hand(net.get_parameter(name), part, "kernel") for name, part in layout.views(mask).items()}
+        y = [torch.func.functional_call(net, plain, (part,)).flatten() for part in x]
+        entropy = F.binary_cross_entropy_with_logits
+        loss = entropy(y[0], torch.ones(4)) + (entropy(y[1], torch.zeros(5)) + entropy(y[2], torch.zeros(6)))/2 + .01*mask.sum()
+        gradient, = torch.autograd.grad(loss, logits)
+        momentum = .9*momentum + gradient
+        with torch.no_grad(): logits -= .1*momentum
+    torch.testing.assert_close(found, logits.detach(), rtol=1e-5, atol=1e-6)
+
+def test_the_free_form_settles_by_its_price():
+    kept = [settle(*tiny(), penalty, optimiser="adam", steps=60).mask.float().mean().item() for penalty in (1e-4, 1e-2, .1)]
+    assert kept[0] > kept[1] > kept[2]
+    with pytest.raises(RuntimeError, match="keeps nothing"): settle(*tiny(), 100., optimiser="adam", steps=60).check()
+
+def test_a_step_beside_the_price_leaves_the_size_as_it_is():
+    g = torch.Generator().manual_seed(0)
+    mask, gradient = torch.rand(50, generator=g, dtype=torch.double), torch.randn(50, generator=g, dtype=torch.double)
+    slope = mask*(1 - mask)
+    assert abs((slope*slope*training._less_price(gradient, mask)).sum()) < 1e-12*(slope*slope*gradient).abs().sum()
+    assert torch.equal(training._less_price(gradient, torch.ones(50)), gradient)
+
+@pytest.mark.parametrize("keep", [.02, .05, .1, .2, .4, .6])
+def test_the_end_is_decided_at_every_size(keep):
+    "Also where many kernels are worth the same, or nothing."
+    for seed in range(3):
+        found = sparsify(*tiny(seed), keep=keep, steps=150, batch=(16, 16, 16))
+        assert found.mask.sum() == round(keep*len(found.layout)) and found.gap < .15 and found.undecided < .05
+
+def test_a_training_that_is_done_stops_where_it_would_not_change():
+    early, full = (sparsify(*tiny(), keep=.25, steps=300, patience=n) for n in (20, 0))
+    assert len(early.loss) < 300 == len(full.loss) and (early.loss == full.loss[:len(early.loss)]).all() and early.undecided < .01
+    assert early.kept[-1] == pytest.approx(.25, abs=.01) and torch.equal(early.mask, full.mask)
+
+def test_divergence_is_noticed_on_the_way(monkeypatch):
+    steps = []
+    def explode(masked, whole, level): steps.append(1); return masked[0].sum()*(torch.inf if len(steps) == 13 else 1)
+    monkeypatch.setitem(training.objectives, "preserve", explode)
+    with pytest.raises(FloatingPointError, match="from step 12 on; try a smaller rate than 0.05"): sparsify(*tiny(), keep=.4, steps=1000)
+    assert len(steps) == 20
+
+def test_images_that_teach_nothing_are_refused():
+    path, unit, red, blue, dark = tiny()
+    with pytest.raises(ValueError, match=r"1 images are in 'own' and in 'other' \(the first is image 2 of 'own'\)"): sparsify(path, unit, red, torch.cat([blue, red[2:3]]), dark)
+    with pytest.raises(ValueError, match="image 1 of 'other' has values that are not finite"): sparsify(path, unit, red, torch.stack([blue[0], blue[1]*torch.nan]), dark)
+    with pytest.raises(ValueError, match="same value for all images"): sparsify(path, unit, red*0, blue*0, dark*0)
+    with pytest.raises(ValueError, match="'other' needs at least two images, got 0"): sparsify(path, unit, red, blue[:0], dark)
+
+forms = [dict(keep=.25), dict(keep=None, penalty=1e-3, optimiser="sgd", rate=.1, epochs=5, start=.05), dict(keep=None, penalty=1e-3, gate="concrete")]
+
+@pytest.mark.parametrize("form", forms, ids=["exact", "free", "concrete"])
+def test_a_training_that_is_stopped_anywhere_goes_on_to_the_same_mask(form, tmp_path, monkeypatch):
+    how = dict(form, steps=60, patience=0)
+    whole, file = sparsify(*tiny(), **how), tmp_path/"state"
+    saves, save = [], training._save
+    def save_and_fall(*state):
+        save(*state); saves.append(1)
+        if len(saves) < 4: raise KeyboardInterrupt
+    monkeypatch.setattr(training, "_save", save_and_fall)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt): sparsify(*tiny(), **how, resume=file, every=0)
+    assert same(sparsify(*tiny(), **how, resume=file, every=0), whole) and len(saves) == 6
+    assert same(sparsify(*tiny(), **how, resume=file), whole) and len(saves) == 6
+
+def test_a_killed_training_goes_on_to_the_same_mask(tmp_path):
+    file, how = tmp_path/"state", dict(keep=.25, steps=400, patience=0)
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_masks import *; torch.set_num_threads({torch.get_num_threads()}); sparsify(*tiny(), **{how}, resume={str(file)!r}, every=0)"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not file.exists() and process.poll() is None: time.sleep(.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and 0 < torch.load(file)["done"] < how["steps"]
+    assert same(sparsify(*tiny(), **how, resume=file), sparsify(*tiny(), **how))
+
+def test_a_state_is_bound_to_its_training(tmp_path):
+    path, unit, red, blue, dark = tiny()
+    file, how = tmp_path/"state", dict(keep=.25, steps=20)
+    sparsify(path, unit, red, blue, dark, **how, resume=file)
+    with pytest.raises(ValueError, match="recipe.seed = 0, asked for is 1"): sparsify(path, unit, red, blue, dark, **how, seed=1, resume=file)
+    with pytest.raises(ValueError, match="holds a training with images"): sparsify(path, unit, red, blue + .01, dark, **how, resume=file)
+    with pytest.raises(ValueError, match="holds a training with weights"): sparsify(*tiny(1)[:2], red, blue, dark, **how, resume=file)
+    for damaged in (b"", file.read_bytes()[:-40], b"{}"*99):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not the state of a training"): sparsify(path, unit, red, blue, dark, **how, resume=file)
+
+# many
+
+def test_masks_of_one_job_equal_masks_alone():
+    path, unit, red, blue, dark = tiny()
+    green = torch.rand(20, 3, 7, 7, generator=torch.Generator().manual_seed(5))*torch.tensor([0, 1., 0])[:, None, None]
+    clusters, how = [red, blue, green], dict(steps=30, batch=(8, 8, 8))
+    runs = [dict(own=0, other=[1], keep=.2, **how), dict(own=1, keep=.4, seed=3, **how), dict(own=2, other=[1, 0], objective="separate", **how),
+            dict(own=0, keep=None, penalty=1e-3, optimiser="sgd", epochs=3, **how)]
+    alone = [sparsify(path, unit, red, blue, dark, keep=.2, **how), sparsify(path, unit, blue, torch.cat([red, green]), dark, keep=.4, seed=3, **how),
+             sparsify(path, unit, green, torch.cat([blue, red]), dark, objective="separate", **how),
+             sparsify(path, unit, red, torch.cat([blue, green]), dark, keep=None, penalty=1e-3, optimiser="sgd", epochs=3, **how)]
+    for n_jobs in (1, 2):
+        with joblib.parallel_config("threading", n_jobs=n_jobs): together = sparsify_many(path, unit, clusters, dark, runs)
+        assert all(map(same, together, alone))
+    for bad, message in ((dict(own=3), "clusters 0..2, got 3"), (dict(other=[-1]), "got -1"), (dict(other=[]), "another cluster"), (dict(keep=2.), "got 2.0"), (dict(other=[0]), "must not overlap")):
+        with pytest.raises(ValueError, match=message): sparsify_many(path, unit, clusters, dark, [runs[0], bad])
+
+def test_the_frontier_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    ask = lambda: frontier(*tiny(), keeps=(.1, .3), seeds=(0, 1), folder=tmp_path, measure=lambda learned: dict(count=int(learned.mask.sum())), steps=20)
+    steps, loss, limit = [], training._loss, [50]
+    def counted(*args):
+        if len(steps) == limit[0]: raise KeyboardInterrupt
+        steps.append(1)
+        return loss(*args)
+    monkeypatch.setattr(training, "_loss", counted)
+    with pytest.raises(KeyboardInterrupt): ask()
+    limit[0] = None
+    table = ask()
+    assert len(steps) == 50 + 20 + 20 and len(list(tmp_path.iterdir())) == 4
+    assert table[["keep", "seed", "count"]].values.tolist() == [[.1, 0, 19], [.1, 1, 19], [.3, 0, 58], [.3, 1, 58]]
+    assert ask().drop(columns="learned").equals(table.drop(columns="learned")) and len(steps) == 90
+    assert same(table.learned[3], sparsify(*tiny(), keep=.3, seed=1, steps=20))
+
+# counts
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4), st.integers(0, 10**6), st.sampled_from([.001, .01, .05, .1, .25, .5]))

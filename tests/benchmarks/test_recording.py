@@ -1,12 +1,11 @@
 "Recording AlexNet's `features.10` and training a mask on it: the receptive field alone against the usual ways, turn by turn."
-import statistics
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
+from turns import interleaved
 
 from superpos.activation import _advance, _empty
 from superpos.field import pathway
@@ -30,17 +29,6 @@ def full_model_with_hook(model, x):
     model(x)
     handle.remove()
     return kept[0][:, :, 6, 6]
-
-
-def interleaved(ways, rounds=5):
-    "Seconds of each way, run in turn so that a drift of the machine's speed hits all alike."
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
 
 
 def report(benchmark, seconds, baseline, count):

@@ -1,0 +1,47 @@
+"Eight masks of AlexNet's `features.10` in one job, against eight jobs; one after the other against all at once."
+import pytest
+import torch
+import torchvision
+from turns import interleaved
+
+from superpos.field import pathway
+from superpos.mask import Layout, soft
+from superpos.score import relevant_weights
+from superpos.sparsify import sparsify, sparsify_many
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    model = torchvision.models.alexnet(weights=None).eval().requires_grad_(False)
+    path = pathway(model, "features.10")
+    crops = path.crop(torch.randn(56, 3, 224, 224)).contiguous(memory_format=torch.channels_last)
+    return path, crops[:14], crops[14:28], crops[28:]
+
+
+def test_eight_masks_in_one_job(benchmark, setting):
+    "As many images for each step as in a study: 560 for a hundred steps."
+    path, own, other, background = setting
+    runs = [dict(keep=keep, seed=seed, steps=6) for keep in (.02, .05) for seed in range(4)]
+    found = {}
+    def eight(): found["eight"] = [sparsify(path, 9, own, other, background, **run) for run in runs]
+    def one(): found["one"] = sparsify_many(path, 9, [own, other], background, runs)
+    seconds = interleaved({"eight jobs": eight, "one job": one}, 1)
+    assert all(torch.equal(a.mask, b.mask) for a, b in zip(found["eight"], found["one"]))
+    benchmark.extra_info["one job"] = f"{seconds['one job']/seconds['eight jobs']:.2f} of the time of eight jobs"
+    print(f"\n  eight masks in one job: {benchmark.extra_info['one job']}", end="")
+    benchmark.pedantic(one, rounds=1)
+
+
+def test_masks_in_turn_against_grouped_convolutions(benchmark, setting):
+    path, own, other, background = setting
+    layout, weights, x = Layout.of(path, 9), relevant_weights(path, 9), torch.cat([own, other, background])[:40]
+    logits = torch.randn(8, len(layout), requires_grad=True)
+    response = lambda row: path(x, layout.apply(soft(row, 1.), weights), 9)
+    def in_turn(): return torch.stack([torch.autograd.grad(response(row).sum(), logits)[0].sum(0) for row in logits]).sum(0)
+    def at_once(): return torch.autograd.grad(torch.vmap(response)(logits).sum(), logits)[0].sum(0)
+    torch.testing.assert_close(in_turn(), at_once(), rtol=1e-3, atol=1e-4)
+    seconds = interleaved(dict(in_turn=in_turn, at_once=at_once), 2)
+    benchmark.extra_info["at once"] = f"{seconds['at_once']/seconds['in_turn']:.2f} times the time of taking turns"
+    print(f"\n  eight masks by grouped convolutions: {benchmark.extra_info['at once']}", end="")
+    benchmark.pedantic(in_turn, rounds=1)

@@ -8,6 +8,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from turns import interleaved
 
 from superpos.acquire import Pool, query, strategies
 from superpos.data import Images
@@ -28,17 +29,6 @@ class Pictures(Dataset):
 def images():
     rng = np.random.default_rng(0)
     return Images("noise", rng.integers(0, 256, (plan.steps*plan.batch, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, plan.steps*plan.batch), tuple("0123456789"))
-
-
-def interleaved(ways, rounds):
-    "Seconds of each way, run in turn so that a drift of the machine's speed hits all alike."
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
 
 
 def report(benchmark, seconds, count):

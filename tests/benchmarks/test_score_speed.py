@@ -1,12 +1,10 @@
 "ActGrad of AlexNet's `features.10` by kernel: a few input channels at a time in the receptive field, against holding the map of every kernel."
-import statistics
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch.profiler import ProfilerActivity, profile
+from turns import interleaved
 
 from superpos.field import pathway
 from superpos.score import actgrad, relevant_weights
@@ -51,13 +49,8 @@ def test_actgrad_by_kernel(benchmark, setting):
     ways = {"all kernel maps held": lambda: hold_all(model, x), "a few channels at a time": lambda: actgrad(path, unit, path.crop(x))}
     plain, ours = (way() for way in ways.values())
     for name in relevant_weights(path, unit): torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-9)
-    seconds = {name: [] for name in ways}
-    for _ in range(3):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    faster = statistics.median(seconds["all kernel maps held"])/statistics.median(seconds["a few channels at a time"])
+    seconds = interleaved(ways, 3)
+    faster = seconds["all kernel maps held"]/seconds["a few channels at a time"]
     memory = {name: peak(way) for name, way in ways.items()}
     less = memory["all kernel maps held"]/memory["a few channels at a time"]
     benchmark.extra_info.update(faster=f"{faster:.1f} times", memory=f"{memory['a few channels at a time']/2**20:.0f} MiB, {less:.1f} times less")

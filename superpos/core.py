@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['set_seed', 'deterministic', 'default_device', 'progress', 'atomic_write', 'cache_dir', 'results_dir', 'encode',
-           'decode', 'provenance', 'Result', 'MissingResult', 'recall', 'cached']
+           'decode', 'provenance', 'Result', 'MissingResult', 'recall', 'cached', 'mean_interval', 'share_interval']
 
-# %% ../nbs/00_core.ipynb #fc392e21
+# %% ../nbs/00_core.ipynb #d5da34b6
 import contextlib, dataclasses, datetime, hashlib, json, os, platform, random, tempfile, time, warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-# %% ../nbs/00_core.ipynb #0b77d04c
+# %% ../nbs/00_core.ipynb #6f959180
 import numpy as np
 import torch
+from scipy import stats
 
 # %% ../nbs/00_core.ipynb #80a338a7
 def set_seed(
@@ -208,3 +209,21 @@ def cached(
         with atomic_write(path) as p:
             p.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
     return Result(name, params, record["provenance"], decode(value))
+
+# %% ../nbs/00_core.ipynb #f484c6ba
+def mean_interval(
+    values: Sequence[float],  # one for each seed
+) -> tuple[float, float, float]:  # mean, and the two ends of its 95 % interval
+    "The mean, by Student's t."
+    values = np.asarray(values, float)
+    if values.ndim != 1 or len(values) < 2: raise ValueError(f"an interval of a mean needs a row of at least two values, got shape {values.shape}")
+    half = stats.sem(values)*stats.t.ppf(.975, len(values) - 1)
+    return values.mean(), values.mean() - half, values.mean() + half
+
+def share_interval(
+    hits: int | Sequence[bool],  # how many, or which
+    of: int | None = None,  # of how many; the length of `hits` by default
+) -> tuple[float, float, float]:  # share, and the two ends of its 95 % interval
+    "A share, by the binomial test of Clopper and Pearson (1934)."
+    test = stats.binomtest(int(np.sum(hits)), int(np.size(hits) if of is None else of))
+    return test.statistic, *test.proportion_ci()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from superpos.core import MissingResult, atomic_write, cached, decode, default_device, encode, progress, recall, set_seed
+from superpos.core import (MissingResult, atomic_write, cached, decode, default_device, encode, mean_interval, progress, recall, set_seed,
+                           share_interval)
 
 
 def slow_study(log, seed):
@@ -123,3 +124,14 @@ def test_a_parameter_that_is_not_a_number_is_still_the_same_parameter(tmp_path):
 @pytest.mark.parametrize("key", ["__array__", "__frame__"])
 def test_reserved_keys_are_refused(key):
     with pytest.raises(TypeError, match="not free as a key"): encode({key: 1})
+
+
+def test_intervals_cover_what_they_promise():
+    rng = np.random.default_rng(0)
+    inside = [low <= 3 <= high for _, low, high in map(mean_interval, rng.normal(3, 2, (2000, 5)))]
+    assert abs(np.mean(inside) - .95) < .015
+    inside = [low <= .2 <= high for _, low, high in (share_interval(hits, 30) for hits in rng.binomial(30, .2, 2000))]
+    assert np.mean(inside) >= .95
+    assert mean_interval([1, 1, 1]) == (1, 1, 1) and share_interval(np.ones((2, 3), bool)) == share_interval(6, 6)
+    for wrong in ([1.], [[1., 2.]]):
+        with pytest.raises(ValueError, match="at least two values"): mean_interval(wrong)

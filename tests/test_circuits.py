@@ -1,17 +1,20 @@
-"Recording, scores, masks and circuits against brute force and scipy, and what they refuse."
+"Recording, masks and circuits against brute force, simulation and scipy, and what they refuse."
+import json
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
 from torch import nn
 
 from superpos.activation import record, strongest_patches
-from superpos.circuit import Circuit, auroc, card, respond
+from superpos.circuit import (Circuit, ablate, auroc, card, cross_ablation, effective, extract, faithfulness, keeps, matched, null, overlap, overlaps, respond,
+                              skeleton)
 from superpos.field import pathway, receptive_field
-from superpos.mask import Layout, keep_top, soft, undecided
-from superpos.model import SmallAlexNet, fingerprint, load_model, outputs
-from superpos.score import magnitude, relevant_weights, snip
+from superpos.mask import Layout, keep_top, random_like, soft, undecided
+from superpos.model import SmallAlexNet, fingerprint, outputs
+from superpos.score import magnitude, relevant_weights
 from superpos.sparsify import sparsify
 
 
@@ -56,36 +59,7 @@ def test_strongest_patch_is_the_best_of_all_positions(net):
         assert inside[best] == response.item() and [w[0] for w in field.window(best)] == corner.tolist()
 
 
-# ---- scores
-
-def test_snip_takes_the_absolute_value_for_each_image(path):
-    x, total = crops(path, 5), {}
-    for image in x.split(1):
-        weights = {n: w.clone().requires_grad_() for n, w in relevant_weights(path, 3).items()}
-        path(image, weights, 3).sum().backward()
-        for n, w in weights.items(): total[n] = total.get(n, 0) + (w*w.grad).abs().mean((2, 3)).detach()
-    found = snip(path, 3, x)
-    for n in total: torch.testing.assert_close(found[n], total[n])
-    weights = {n: w.clone().requires_grad_() for n, w in relevant_weights(path, 3).items()}
-    path(x, weights, 3).sum().backward()
-    summed = torch.cat([(w*w.grad).abs().mean((2, 3)).flatten().detach() for w in weights.values()])
-    assert not torch.allclose(summed, torch.cat([s.flatten() for s in found.values()]), rtol=.01)
-
-
-def test_residual_and_grouped_networks_are_refused_by_reason():
-    resnet = load_model("resnet18")
-    with pytest.raises(NotImplementedError, match="chain of layers"): relevant_weights(pathway(resnet, "layer2.0.conv2", (64, 64)), 0)
-    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 1, 3)).eval()
-    class Four(nn.Module):
-        def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Conv2d(3, 4, 1), *grouped)
-        def forward(self, x): return self.net(x)
-    with pytest.raises(NotImplementedError, match="'net.1' has groups"): relevant_weights(pathway(Four().eval(), "net.2", (9, 9)), 0)
-
-
 # ---- masks
-
-def test_ties_keep_an_exact_count(): assert keep_top(torch.zeros(100), .07).sum() == 7
-
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4))
@@ -133,8 +107,7 @@ def test_a_constant_unit_is_refused(path):
 
 
 def test_a_diverging_loss_is_explained(path):
-    own, other, background = groups(path)
-    with pytest.raises(FloatingPointError, match="smaller rate"): sparsify(path, 3, own, other*torch.nan, background, steps=3)
+    with pytest.raises(FloatingPointError, match="smaller rate"): sparsify(path, 3, *groups(path), optimiser="sgd", rate=1e38, steps=12)
 
 
 # ---- circuits
@@ -182,6 +155,180 @@ def test_images_that_cannot_be_recorded_are_refused(net):
         strongest_patches(net, "features.6:0", images, lambda x: x*torch.nan)
 
 
-def test_a_unit_out_of_range_is_named(path):
-    for unit in (-1, 24):
-        with pytest.raises(ValueError, match=f"units 0..23, got {unit}"): relevant_weights(path, unit)
+# ---- circuits: paths, extraction, ablation, overlap
+
+def random_net(seed, bias=True):
+    "Strides, paddings, dilation, poolings, a normalisation, biases, at random."
+    g = torch.Generator().manual_seed(seed)
+    pick = lambda *options: options[torch.randint(len(options), (1,), generator=g).item()]
+    torch.manual_seed(seed)
+    parts, channels = [], 3
+    for k in range(3):
+        width = pick(2, 4, 6)
+        parts += [nn.Conv2d(channels, width, pick(1, 3), pick(1, 2) if k == 0 else 1, pick(1, 2), pick(1, 2), bias=bias), *([nn.BatchNorm2d(width)] if pick(0, 1) else []), pick(nn.ReLU, nn.GELU)()]
+        if k < 2: parts.append(pick(nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Identity()))
+        channels = width
+    net = nn.Sequential(*parts, nn.Conv2d(channels, 2, 3, padding=1)).eval().requires_grad_(False)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2); m.weight.normal_(); m.bias.normal_()
+        elif isinstance(m, nn.Conv2d) and bias: m.bias.normal_()
+    return net, str(len(net) - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["weight", "kernel", "filter", "channel"]), st.sampled_from([.2, .5, .9]), st.booleans(), st.booleans())
+def test_extracted_networks_equal_masked_ones(seed, per, keep, corner, bias):
+    net, layer = random_net(seed, bias)
+    way = pathway(net, layer, (36, 36), (0, 0) if corner else None)
+    assume(way.exact_crop)
+    layout, g = Layout.of(way, 1, per), torch.Generator().manual_seed(seed)
+    mask = torch.rand(len(layout), generator=g) < keep
+    x = way.crop(torch.randn(3, 3, 36, 36, generator=g))
+    small = extract(way, 1, mask, layout)
+    torch.testing.assert_close(small(x), respond(way, 1, x, mask, layout), atol=1e-5, rtol=1e-5)
+    assert sum(m.weight.numel() for m in small if isinstance(m, nn.Conv2d)) <= sum(w.numel() for w in relevant_weights(way, 1).values())
+
+
+@pytest.mark.parametrize("per", ["filter", "channel"])
+def test_half_the_channels_make_a_network_of_half_the_width(path, per):
+    layout = Layout.of(path, 3, per)
+    halves = {name: torch.arange(len(p)) % 2 == 0 if len(p) > 3 else torch.ones(len(p), dtype=torch.bool) for name, p in layout.views(torch.ones(len(layout))).items()}
+    mask, x = layout.flatten(halves), crops(path, 2)
+    small = extract(path, 3, mask, layout)
+    assert [(m.in_channels, m.out_channels) for m in small if isinstance(m, nn.Conv2d)] == [(3, 2), (2, 6), (6, 1)]
+    torch.testing.assert_close(small(x), respond(path, 3, x, mask, layout), atol=1e-5, rtol=1e-5)
+
+
+def test_dead_channels_speak_through_their_biases():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 1, 3, padding=1)).eval().requires_grad_(False)
+    net[0].bias.fill_(1.)
+    way = pathway(net, "2", (5, 5), (0, 0))
+    layout = Layout.of(way, 0, "filter")
+    mask, x = torch.tensor([True, False, True]), way.crop(torch.randn(4, 3, 5, 5))
+    small = extract(way, 0, mask, layout)
+    assert [m.out_channels for m in small if isinstance(m, nn.Conv2d)] == [1, 1]
+    torch.testing.assert_close(small(x), respond(way, 0, x, mask, layout))
+    net[0].bias.zero_()
+    assert not torch.allclose(small(x), respond(way, 0, x, mask, layout))
+
+
+def test_a_circuit_that_nothing_reaches_is_a_constant(path):
+    layout = Layout.of(path, 3)
+    empty, x = torch.zeros(len(layout), dtype=torch.bool), crops(path, 3)
+    torch.testing.assert_close(extract(path, 3, empty, layout)(x), respond(path, 3, x, empty, layout))
+
+
+@pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
+@pytest.mark.parametrize("seed", range(4))
+def test_effective_entries_are_those_whose_removal_shows(per, seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(4, 4, 1), nn.Identity(), nn.Conv2d(4, 1, 1)).eval().double().requires_grad_(False)
+    way = pathway(net, "4", (1, 1))
+    layout, x = Layout.of(way, 0, per), torch.randn(3, 3, 1, 1, dtype=torch.double)
+    mask = torch.rand(len(layout)) < .5
+    slope = lambda m: (lambda y: y - y.mean())(respond(way, 0, x, m, layout))  # what depends on the image
+    without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
+    shows = torch.tensor([bool(mask[i]) and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12) for i in range(len(mask))])
+    assert torch.equal(effective(mask, layout), shows)
+
+
+def test_three_counts_of_what_is_kept(path):
+    layout = Layout.of(path, 3)
+    mask = torch.ones(len(layout), dtype=torch.bool)
+    found = keeps(path, mask, layout)
+    every = sum(p.shape[0]*p.shape[1] for n, p in path.parameters().items() if p.ndim == 4)
+    assert found == dict(all=len(layout)/every, relevant=1., effective=1.)
+    with pytest.raises(NotImplementedError, match="'b' does not read"): effective(torch.ones(5).bool(), Layout(("a", "b"), ((2, 1), (1, 3)), "kernel"))
+
+
+def test_ablation_by_mean_and_resampling_against_hooks(path):
+    layout, x, ref = Layout.of(path, 3), crops(path, 3, 1), crops(path, 5, 2)
+    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .5
+    none = torch.zeros_like(mask)
+    torch.testing.assert_close(ablate(path, 3, x, mask | True, layout, "mean", ref), respond(path, 3, x))
+    whole = respond(path, 3, ref)
+    drawn = torch.randint(5, (3,), generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(ablate(path, 3, x, none, layout, "resample", ref, seed=7), whole[drawn])  # nothing kept: the other image's response
+    last = torch.cat([torch.ones(sum(layout.sizes[:-1])), torch.zeros(layout.sizes[-1])]).bool()  # all of the last layer replaced
+    torch.testing.assert_close(ablate(path, 3, x, last, layout, "mean", ref), whole.mean().expand(3))
+    torch.testing.assert_close(ablate(path, 3, x, mask, layout, "resample", ref, seed=7, batch=1), ablate(path, 3, x, mask, layout, "resample", ref, seed=7))
+    for wrong, message in ((dict(fill="one"), "got 'one'"), (dict(fill="mean"), "needs reference images")):
+        with pytest.raises(ValueError, match=message): ablate(path, 3, x, mask, layout, **wrong)
+
+
+def test_faithfulness_of_everything_and_of_its_complement(path):
+    layout = Layout.of(path, 3)
+    found = faithfulness(path, 3, torch.ones(len(layout), dtype=torch.bool), layout, *groups(path))
+    for name in ("circuit", "circuit, mean", "circuit, resample", "random"): assert found[name]["correlation"] == pytest.approx(1, abs=1e-4)
+    assert found["complement"]["correlation"] == found["complement"]["slope"] == 0 and found["complement"]["auroc_other"] == .5
+
+
+def test_a_constant_response_has_no_correlation_and_no_slope():
+    a, flat = torch.randn(9), torch.full((9,), .1)
+    for own in ((a, flat), (flat, a), (flat, flat)):
+        found = card(own, (a, a), (a, a))
+        assert found["correlation"] == found["slope"] == 0
+
+
+def test_null_counts_the_control_units_that_do_as_well(path):
+    found = null(lambda path, unit: dict(score=float(unit)), path, 3, controls=[0, 1, 5])["score"]
+    assert found == dict(value=3., controls=[0., 1., 5.], excess=1., p=.5)
+    assert 3 not in [int(c) for c in null(lambda path, unit: dict(score=float(unit)), path, 3, controls=23)["score"]["controls"]]
+    with pytest.raises(ValueError, match="1..23 control units"): null(lambda *_: {}, path, 3, controls=24)
+
+
+def test_expected_overlap_by_simulation():
+    layout, g = Layout(("a", "b"), ((4, 5), (1, 12)), "kernel"), torch.Generator().manual_seed(0)
+    a, b = torch.rand(32, generator=g) < .4, torch.rand(32, generator=g) < .5
+    drawn = [random_like(a, layout, i) for i in range(3000)]
+    for row, part in zip(overlap(a, b, layout), (slice(0, 20), slice(20, 32), slice(0, 32))):
+        simulated = np.array([(d & b)[part].sum().item()/(d | b)[part].sum().item() for d in drawn])
+        assert row["expected"] == pytest.approx(simulated.mean(), abs=.006) and row["p"] == pytest.approx((simulated >= row["jaccard"] - 1e-12).mean(), abs=.03)
+        assert ((row["low"] <= simulated) & (simulated <= row["high"])).mean() >= .94
+    assert overlap(a, a, layout)[-1]["jaccard"] == 1 and overlap(a, ~a, layout)[-1]["jaccard"] == 0
+    assert all(np.isfinite(list(r.values())[1:]).all() for r in overlap(a & False, a & False, layout))
+
+
+def test_matched_masks_keep_layers_and_scores():
+    layout, g = Layout(("a", "b"), ((10, 10), (1, 50)), "kernel"), torch.Generator().manual_seed(0)
+    scores, mask = torch.rand(150, generator=g), torch.rand(150, generator=g) < .3
+    new = matched(mask, layout, scores, 1)
+    assert not torch.equal(new, mask) and [int(p.sum()) for p in new.split(layout.sizes)] == [int(p.sum()) for p in mask.split(layout.sizes)]
+    assert torch.equal(matched(mask, layout, scores, bins=150), mask) and abs(scores[new].mean() - scores[mask].mean()) < .03
+    with pytest.raises(ValueError, match="no pairs of the kind 'x'"): overlaps({"x": []}, layout)
+
+
+def test_removing_shared_entries_or_sparing_them(path):
+    layout, (own, other, background) = Layout.of(path, 3), groups(path)
+    every = torch.ones(len(layout), dtype=torch.bool)
+    spared = cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other), background)
+    np.testing.assert_allclose(spared, 1, atol=1e-5)
+    np.testing.assert_allclose(cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other), background, alone=False), 0, atol=1e-5)
+    with pytest.raises(ValueError, match="answers to 'a' as to the background"): cross_ablation(path, 3, dict(a=every), layout, dict(a=background), background)
+
+
+def test_the_skeleton_of_a_small_circuit_is_the_circuit(path):
+    layout, x = Layout.of(path, 3), crops(path, 4)
+    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .6
+    bones = skeleton(path, 3, mask, layout, x, nodes=100, edges=100)
+    alive = effective(mask, layout)
+    assert len(bones.edges) <= alive.sum() and bones.share == pytest.approx(1, abs=1e-4)
+    for layer, reader, read, _ in bones.edges: assert layout.views(mask)[layout.names[layer]][0 if layer == len(layout.names) - 1 else bones.nodes[layer + 1][reader], bones.nodes[layer][read]]
+    assert all(len(n) <= 2 for n in skeleton(path, 3, mask, layout, x, nodes=2).nodes)
+    with pytest.raises(ValueError, match="nothing to draw"): skeleton(path, 3, mask & False, layout, x)
+
+
+@pytest.mark.parametrize("change", [dict(per="pixel"), dict(unit=7), dict(names=5), dict(shapes=[[-1, 2]]*3), dict(settings="rm"), dict(unit="features.6:999"), dict(unit="features.3:0"), dict(shapes=[[10**9, 10**9]]*3)])
+def test_hostile_files_are_refused(net, path, tmp_path, change):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
+    Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
+    with safe_open(file, "pt") as f: about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
+    save_file({"mask": bits}, file, metadata={"circuit": json.dumps(about | change)})
+    with pytest.raises(ValueError): Circuit.load(file, net)
+    for wrong in (bits[:-1], bits.float()):
+        save_file({"mask": wrong}, file, metadata={"circuit": json.dumps(about)})
+        with pytest.raises(ValueError, match="not the file of a circuit"): Circuit.load(file, net)
+    save_file({"mask": bits}, file, metadata={"circuit": "["*100_000})
+    with pytest.raises(ValueError, match="not the file of a circuit"): Circuit.load(file, net)

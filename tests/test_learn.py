@@ -256,6 +256,7 @@ import sys, dataclasses, warnings
 warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 from test_learn import *
+torch.set_num_threads({threads})
 plan = dataclasses.replace(small, steps=60, strategy={strategy!r}, protocol={protocol!r}, optimizer={optimizer!r}, dropout=.1, committee="checkpoints", members=3)
 experiment(plan, images, test, {folder!r}, device="cpu", every=0)
 """
@@ -269,7 +270,7 @@ def tensors(path):
 def test_a_killed_run_comes_to_the_same_bits(tmp_path, strategy, protocol, optimizer):
     plan = dataclasses.replace(small, steps=60, strategy=strategy, protocol=protocol, optimizer=optimizer, dropout=.1, committee="checkpoints", members=3)
     folder = tmp_path/"killed"
-    code = script.format(tests=os.path.dirname(__file__), folder=str(folder), strategy=strategy, protocol=protocol, optimizer=optimizer)
+    code = script.format(tests=os.path.dirname(__file__), threads=torch.get_num_threads(), folder=str(folder), strategy=strategy, protocol=protocol, optimizer=optimizer)
     with subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(SUPERPOS_QUIET="1")) as process:
         until = time.monotonic() + 60
         while len(saved_loops(folder)) < 2 and time.monotonic() < until and process.poll() is None: time.sleep(.005)

@@ -93,11 +93,11 @@ def _tasks(found: Survey, units: Sequence[int], numbers: np.ndarray, vectors: Ca
         top = found.top_images[unit][counts.expand(found.top_images.shape[1])].numpy()
         yield unit, top, found.top_values[unit].numpy()[:len(top)], vectors(unit, np.searchsorted(numbers, top))
 
-# %% ../nbs/24_dissect.ipynb #5a1b41cb
+# %% ../nbs/24_dissect.ipynb #8b44906d
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dissection:
     "A layer's units, and where the numbers come from."
-    table: "pandas.DataFrame"  # a row for each unit; the columns are listed under `dissect`
+    table: object  # a pandas data frame with a row for each unit; the columns are listed under `dissect`
     about: dict  # layer, model, images, settings; versions, seconds and date
 
     def groups(self,

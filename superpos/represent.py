@@ -12,12 +12,11 @@ __all__ = ['Cosines', 'cosine_statistics', 'cosines', 'class_means', 'silhouette
 import dataclasses, math
 from collections.abc import Sequence
 
-# %% ../nbs/42_represent.ipynb #a3377f03
+# %% ../nbs/42_represent.ipynb #be358834
 import numpy as np
 import torch
-from .cluster import find_groups
 from .core import progress
-from .dissect import least as fewest
+from .dissect import least as fewest, unit_groups
 from .geometry import dimensionality
 
 # %% ../nbs/42_represent.ipynb #6540a052
@@ -323,7 +322,7 @@ def _used(sae: dict, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     z = _codes(sae, x)
     return z.sum(-2), (z @ sae["D"] + sae["centre"] - x).square().sum((-1, -2))
 
-# %% ../nbs/42_represent.ipynb #a826a93c
+# %% ../nbs/42_represent.ipynb #c4bd8d1b
 def group_scores(
     features,  # (N, d)
     units: Sequence[int] | None = None,  # which columns; all by default
@@ -339,8 +338,8 @@ def group_scores(
     for unit in progress(units, "dissecting"):
         value, rows = x[:, unit].sort(descending=True, stable=True)
         top = x[rows[:k][value[:k] > value.min()]].numpy()
-        told = len(top) >= fewest and top.std(0).any()
-        scores.append(find_groups(top, nulls=nulls, seed=int(np.random.SeedSequence([seed, unit]).generate_state(1)[0])).score if told else math.nan)
+        found = unit_groups(top, unit, nulls=nulls, seed=seed)
+        scores.append(found.score if found else math.nan)
     return torch.tensor(scores, dtype=torch.double)
 
 # %% ../nbs/42_represent.ipynb #5a0239a7

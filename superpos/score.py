@@ -10,11 +10,11 @@ __all__ = ['relevant_weights', 'gather', 'spread', 'check_keep', 'keep_top', 'ma
 import dataclasses, functools, math
 from collections.abc import Callable
 
-# %% ../nbs/30_score.ipynb #74e46aee
+# %% ../nbs/30_score.ipynb #defa6c59
 import torch
 import torch.nn.functional as F
 from .core import progress
-from .field import Pathway
+from .field import _pair, Pathway
 from .model import Unit, check_unit, find_layer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -137,7 +137,7 @@ def taylor(
         return sum((gather(w*g, per)*(w.numel()/gather(w, per).numel())).abs() for g in gradients)
     return _sum_over_images(path, unit, x, weights, effect, "Taylor")
 
-# %% ../nbs/30_score.ipynb #2826d760
+# %% ../nbs/30_score.ipynb #6f2a9036
 @dataclasses.dataclass(frozen=True)
 class _Use:
     "One use of a weight in a pass, as a convolution without padding; rows of a linear layer are positions of one image."
@@ -147,8 +147,6 @@ class _Use:
     stride: tuple[int, int]
     dilation: tuple[int, int]
     inner: int  # positions of the input's map, without padding
-
-def _pair(value) -> tuple[int, int]: return (value, value) if isinstance(value, int) else tuple(value)*(3 - len(value))
 
 def _overhang(padding, kernel, dilation) -> list[int]:
     "What `F.pad` takes for a convolution's padding."

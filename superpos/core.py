@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['verdicts', 'set_seed', 'deterministic', 'default_device', 'progress', 'atomic_write', 'cache_dir', 'results_dir',
            'encode', 'decode', 'provenance', 'Result', 'MissingResult', 'recall', 'cached', 'mean_interval',
-           'share_interval', 'Finding', 'conclude', 'findings']
+           'share_interval', 'Finding', 'judge', 'conclude', 'findings']
 
 # %% ../nbs/00_core.ipynb #d5da34b6
 import contextlib, dataclasses, datetime, hashlib, json, os, platform, random, tempfile, time, warnings
@@ -250,7 +250,13 @@ class Finding:
         if not (len(self.effect) == 3 and self.effect[1] <= self.effect[0] <= self.effect[2]):
             raise ValueError(f"{self.claim}: an effect lies between the ends of its interval, got {self.effect}")
 
-# %% ../nbs/00_core.ipynb #14b1277e
+# %% ../nbs/00_core.ipynb #c316c6a3
+def judge(
+    met: Sequence[bool],  # whether each part of the claim was seen to hold
+) -> str:  # one of `verdicts`
+    "The verdict on a claim of several parts."
+    return verdicts[0] if np.all(met) else verdicts[1] if np.any(met) else verdicts[2]
+
 def conclude(
     page: str,  # stem of the page's notebook, such as "39_two_circuits"
     found: Sequence[Finding],  # all that it concludes

@@ -324,7 +324,7 @@ def _accept(old: torch.Tensor, between: torch.Tensor, rng: torch.Generator, most
         if len(chosen) == most: break
     return chosen
 
-# %% ../nbs/40_acquire.ipynb #fa356be0
+# %% ../nbs/40_acquire.ipynb #ba6054e6
 @strategy("features")
 def badge(
     pool: Pool,  # with features
@@ -339,10 +339,10 @@ def badge(
     chosen, gaps = [sizes.argmax().item()], sizes.new_full((len(pool),), torch.inf)
     new = chosen
     while len(chosen) < count:
-        centres = g[0][new], g[1][new]
+        centres = -2*g[0][new], g[1][new]
         for start in range(0, len(pool), 1024):
             rows = slice(start, start + 1024)
-            found = _products((g[0][rows], g[1][rows]), centres).mul_(-2).add_(sizes[new]).amin(1) + sizes[rows]
+            found = _products((g[0][rows], g[1][rows]), centres).add_(sizes[new]).amin(1) + sizes[rows]
             gaps[rows] = torch.minimum(gaps[rows], found)
         gaps = gaps.clamp_(min=0).index_fill_(0, torch.tensor(chosen), 0)
         if not gaps.any(): return torch.cat([torch.tensor(chosen), _others(len(pool), chosen, rng)])[:count]
@@ -364,12 +364,13 @@ def _others(size: int, chosen: list[int], rng: torch.Generator) -> torch.Tensor:
     order = torch.randperm(size, generator=rng)
     return order[~torch.isin(order, torch.tensor(chosen))]
 
-# %% ../nbs/40_acquire.ipynb #af3e6f09
+# %% ../nbs/40_acquire.ipynb #50c2350c
 def _groups(x: np.ndarray, count: int, rng: torch.Generator) -> np.ndarray:  # (N,) group of each row
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
-    large = len(x) > 5000 or count > 50  # then careful seeding would cost more than all the rest
-    method = KMeans(count, init="random" if large else "k-means++", max_iter=10, n_init=1, random_state=torch.randint(2**31, (), generator=rng).item())
+    seed = torch.randint(2**31, (), generator=rng).item()
+    few = count <= 50  # as the authors' code has it
+    method = KMeans(count, max_iter=10, n_init=1, random_state=seed) if few else MiniBatchKMeans(count, init="random", batch_size=5000, max_iter=2, n_init=1, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # copies in the pool: fewer groups than asked for will do
         return method.fit_predict(x)

@@ -164,7 +164,7 @@ def effective_field(
     if not energy.sum() > 0: raise ValueError(f"{unit} has no gradient for these images: it is constant, or not finite")
     return energy/energy.sum()
 
-# %% ../nbs/20_field.ipynb #e09a0587
+# %% ../nbs/20_field.ipynb #42707b41
 _pointwise = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus,
               nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity)
 _pooling = (nn.MaxPool2d, nn.AvgPool2d)
@@ -211,13 +211,15 @@ class Pathway:
         x: torch.Tensor,  # crops of images, (N, 3, h, w), as the network takes them
         weights: dict[str, torch.Tensor] | None = None,  # to use instead of the model's, by name
         unit: int | None = None,  # compute one unit of the layer; its weight may then be given as one row
+        convolve: Callable | None = None,  # in a chain, another way of convolving: from a weight's name, its layer and the padded input to the layer's output
     ) -> torch.Tensor:  # pre-activations, (N, units) or (N,)
         "The layer's values at the position."
         (top, bottom), (left, right) = self.window
         if x.shape[-2:] != (bottom - top, right - left):
             raise ValueError(f"this pathway takes crops of {bottom - top} × {right - left} pixels, got {x.shape[-2]} × {x.shape[-1]}; use its `crop`")
+        if convolve is not None and self.chain is None: raise NotImplementedError(f"another way of convolving needs a chain of layers; {self.why}")
         weights = weights or {}
-        values = self._whole(x, weights, unit) if self.chain is None else self._cropped(x, weights, unit)
+        values = self._whole(x, weights, unit) if self.chain is None else self._cropped(x, convolve or functools.partial(self._convolve, weights, unit))
         return values if unit is None else values[:, 0]
 
     @functools.cached_property
@@ -236,17 +238,23 @@ class Pathway:
             waiting += [before for before, _ in reversed(node.next_functions)]
         return found
 
-    def _cropped(self, x, weights, unit):
+    def _cropped(self, x, convolve):
         for link in self.chain:
             if any(link.padding): x = F.pad(x, link.padding, value=-math.inf if isinstance(link.module, nn.MaxPool2d) else 0.)
-            if isinstance(link.module, nn.Conv2d):
-                rows = slice(None) if unit is None or link.name != self.layer else slice(unit, unit + 1)
-                x = _convolve(x, link, weights, rows)
+            if isinstance(link.module, nn.Conv2d): x = convolve(f"{link.name}.weight", link.module, x)
             elif isinstance(link.module, nn.MaxPool2d): x = F.max_pool2d(x, link.module.kernel_size, link.module.stride, dilation=link.module.dilation)
             elif isinstance(link.module, nn.AvgPool2d): x = F.avg_pool2d(x, link.module.kernel_size, link.module.stride, divisor_override=link.module.divisor_override)
             elif isinstance(link.module, nn.ReLU): x = F.relu(x)
             else: x = link.module(x.clone() if getattr(link.module, "inplace", False) else x)
         return x.flatten(1)
+
+    def _convolve(self, weights, unit, name, conv, x):
+        "A convolution by the weights given or the layer's own; in the pathway's layer, for one unit only."
+        layer = name.removesuffix(".weight")
+        rows = slice(None) if unit is None or layer != self.layer else slice(unit, unit + 1)
+        weight, bias = weights.get(name, conv.weight), weights.get(f"{layer}.bias", conv.bias)
+        if len(weight) == len(conv.weight): weight = weight[rows]
+        return F.conv2d(x, weight, None if bias is None else bias[rows], conv.stride, 0, conv.dilation, conv.groups)
 
     def _whole(self, x, weights, unit):
         weight, row = f"{self.layer}.weight", weights.get(f"{self.layer}.weight")
@@ -257,12 +265,6 @@ class Pathway:
         convolution = isinstance(find_layer(self.model, self.layer), nn.Conv2d)
         values = values[(slice(None),)*(1 + convolution) + self.position]
         return values if unit is None else values[:, unit:unit + 1]
-
-def _convolve(x: torch.Tensor, link: _Link, weights: dict, rows: slice) -> torch.Tensor:
-    conv = link.module
-    weight, bias = weights.get(f"{link.name}.weight", conv.weight), weights.get(f"{link.name}.bias", conv.bias)
-    if len(weight) == len(conv.weight): weight = weight[rows]
-    return F.conv2d(x, weight, None if bias is None else bias[rows], conv.stride, 0, conv.dilation, conv.groups)
 
 def pathway(
     model: nn.Module,  # in evaluation mode

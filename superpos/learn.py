@@ -11,7 +11,7 @@ import dataclasses, functools, hashlib, json, math, time, warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# %% ../nbs/41_learn.ipynb #f4731c88
+# %% ../nbs/41_learn.ipynb #7c12d15b
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from torch import nn
 from .acquire import Pool, check_rows, mc_dropout, query, strategies
 from .core import atomic_write, default_device, encode, progress
 from .data import Images, on_device
-from .model import ResNet8, fingerprint, load_model
+from .model import ResNet8, fingerprint, imagenet_deviation, imagenet_mean, load_model
 
-# %% ../nbs/41_learn.ipynb #c97d955a
+# %% ../nbs/41_learn.ipynb #79991a36
 class Resident:
     "A data set as bytes on a device."
     def __init__(self,
@@ -33,7 +33,7 @@ class Resident:
         self.name, self.classes, self.pad = images.name, len(images.classes), pad
         self.pixels, self.device = F.pad(pixels, [pad]*4).permute(0, 2, 3, 1).contiguous(), pixels.device
         self.down, self.across = (torch.arange(n, device=self.device) for n in pixels.shape[2:])
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (imagenet_mean, imagenet_deviation))
         self.scale, self.shift = 1/(255*std), -mean/std
 
     def __len__(self) -> int: return len(self.labels)

@@ -6,18 +6,19 @@
 __all__ = ['objectives', 'optimisers', 'Level', 'separate', 'preserve', 'Recipe', 'Learned', 'sparsify', 'settle',
            'sparsify_many', 'frontier']
 
-# %% ../nbs/32_sparsify.ipynb #197cf7b1
-import dataclasses, hashlib, math, time
+# %% ../nbs/32_sparsify.ipynb #69200b35
+import dataclasses, functools, hashlib, math, threading, time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-# %% ../nbs/32_sparsify.ipynb #1497971e
+# %% ../nbs/32_sparsify.ipynb #9daf48e0
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .core import atomic_write, progress
 from .field import Pathway
-from .mask import Layout, between, hard, hard_concrete, open_chance, soft
+from .mask import Layout, between, hard, hard_concrete, open_chance, respond, soft
 from .model import fingerprint
 from .score import check_keep, gather, keep_top, relevant_weights
 
@@ -135,7 +136,7 @@ class _Free:
 
     def may_stop(self, step: int) -> bool: return True
 
-# %% ../nbs/32_sparsify.ipynb #6c5cf49d
+# %% ../nbs/32_sparsify.ipynb #feed20b6
 @dataclasses.dataclass(frozen=True)
 class _Reference:
     "The images of a training, and the whole network's responses to them."
@@ -147,10 +148,6 @@ def _check_images(**groups: torch.Tensor) -> None:
     for name, images in groups.items():
         if len(images) < 2: raise ValueError(f"'{name}' needs at least two images, got {len(images)}")
         if len(bad := (~images.flatten(1).isfinite().all(1)).nonzero().ravel()): raise ValueError(f"image {bad[0]} of '{name}' has values that are not finite; leave it out")
-
-@torch.no_grad()
-def _responses(path: Pathway, unit: int, images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([path(x, unit=unit) for x in images.split(64)])
 
 def _digests(images: torch.Tensor) -> list[str]:
     return [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in images.detach().cpu()]
@@ -192,10 +189,10 @@ class Learned:
         if self.gap >= largest_gap: raise RuntimeError(f"the hard mask's response differs by {self.gap:.2f} deviations from the soft one's; train for more steps")
         return self
 
-# %% ../nbs/32_sparsify.ipynb #351bf587
+# %% ../nbs/32_sparsify.ipynb #2687851c
 _look = 10  # steps between two looks at the trace
 
-def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form: Callable | None = None, resume: str | Path | None = None, every: float = 30.) -> Learned:
+def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form: Callable | None = None, resume: str | Path | None = None, every: float = 30., stop: threading.Event | None = None) -> Learned | None:
     weights, layout = relevant_weights(path, unit), Layout.of(path, unit, recipe.per)
     form = (form or (_Free if recipe.keep is None else _Exact))(recipe, len(layout))
     logits = torch.full((len(layout),), float(recipe.start), device=reference.groups[0].device, requires_grad=True)
@@ -207,6 +204,7 @@ def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form
     done, over = _restore(resume, asked, logits, optimiser, trace)
     saved = time.monotonic()
     for step in progress(range(done, 0 if over else recipe.steps), f"circuit of {path.layer}:{unit}"):
+        if stop and stop.is_set(): return None
         mask, price = form.during(logits, step)
         loss = _loss(path, unit, reference, [b[step] for b in batches], layout.apply(mask, weights), recipe.objective)
         optimiser.zero_grad(); (loss + price).backward(); optimiser.step()
@@ -240,14 +238,16 @@ def _gap(path, unit, reference, rounded, trained) -> float:
     y = [torch.cat([path(x, weights, unit) for x in reference.groups[0].split(64)]) for weights in (rounded, trained)]
     return ((y[0] - y[1]).abs().mean()/reference.level.variance.sqrt()).item()
 
-# %% ../nbs/32_sparsify.ipynb #079be0c6
+# %% ../nbs/32_sparsify.ipynb #5eb87764
 def _asked(path: Pathway, unit: int, reference: _Reference, recipe: Recipe) -> dict:
     images = hashlib.sha256("".join(d for group in reference.groups for d in _digests(group)).encode()).hexdigest()[:16]
     settings = {f"recipe.{name}": list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()}
     return dict(unit=f"{path.layer}:{unit}", position=list(path.position), weights=fingerprint(path.model), images=images, **settings)
 
+_writing = threading.Lock()
+
 def _save(file: str | Path, state: dict) -> None:
-    with atomic_write(file) as temporary: torch.save(state, temporary)
+    with _writing, atomic_write(file) as temporary: torch.save(state, temporary)
 
 def _restore(file: str | Path | None, asked: dict, logits: torch.Tensor, optimiser: torch.optim.Optimizer, trace: torch.Tensor) -> tuple[int, bool]:
     "Put the state of a file in place; returns the steps done, and whether that was all."
@@ -261,7 +261,7 @@ def _restore(file: str | Path | None, asked: dict, logits: torch.Tensor, optimis
     optimiser.load_state_dict(state["optimiser"])
     return state["done"], state["over"]
 
-# %% ../nbs/32_sparsify.ipynb #eadb5235
+# %% ../nbs/32_sparsify.ipynb #3c800a8f
 def sparsify(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
@@ -279,7 +279,7 @@ def sparsify(
     recipe, groups = Recipe(keep=keep, objective=objective, **how), (own, other, background)
     if keep is not None: check_keep(keep, len(Layout.of(path, unit, recipe.per)))
     _check_images(own=own, other=other, background=background)
-    return _train(path, unit, _reference(path, unit, groups, [_responses(path, unit, x) for x in groups]), recipe, resume=resume, every=every)
+    return _train(path, unit, _reference(path, unit, groups, [respond(path, unit, x) for x in groups]), recipe, resume=resume, every=every)
 
 def settle(
     path: Pathway,  # to the unit
@@ -298,7 +298,7 @@ def settle(
     default = dict(rate=dict(sgd=.1).get(optimiser, .01), steps=epochs*math.ceil(len(own)/max(1, batch[0])), start=.05)
     return sparsify(path, unit, own, other, background, None, objective, penalty=penalty, optimiser=optimiser, epochs=epochs, **default | how)
 
-# %% ../nbs/32_sparsify.ipynb #7c148bc1
+# %% ../nbs/32_sparsify.ipynb #4c5fc115
 def sparsify_many(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
@@ -307,18 +307,40 @@ def sparsify_many(
     runs: Sequence[dict],  # for each mask: `own`, the number of its cluster; `other`, a list of numbers (all the rest by default); settings of the `Recipe`
     folder: str | Path | None = None,  # where states are kept, so that a killed job goes on
 ) -> list[Learned]:  # one for each run
-    "Learn several masks of one unit on shared images."
+    "Learn several masks of one unit on shared images, side by side on a processor."
     from joblib import Parallel, delayed
     plans = [_plan(run, len(clusters)) for run in runs]
     for _, _, recipe in plans:
         if recipe.keep is not None: check_keep(recipe.keep, len(Layout.of(path, unit, recipe.per)))
     _check_images(background=background, **{f"cluster {i}": x for i, x in enumerate(clusters)})
-    whole, base = [_responses(path, unit, x) for x in clusters], _responses(path, unit, background)
+    whole, base = [respond(path, unit, x) for x in clusters], respond(path, unit, background)
     join = lambda parts, chosen: parts[chosen[0]] if len(chosen) == 1 else torch.cat([parts[i] for i in chosen])
     references = {(own, other): _reference(path, unit, (clusters[own], join(clusters, other), background), (whole[own], join(whole, other), base))
                   for own, other, _ in plans}
     file = lambda plan: Path(folder)/f"{hashlib.sha256(repr((path.layer, unit, plan)).encode()).hexdigest()[:12]}.pt" if folder else None
-    return Parallel()(delayed(_train)(path, unit, references[plan[:2]], plan[2], resume=file(plan)) for plan in plans)
+    jobs = [functools.partial(_train, path, unit, references[plan[:2]], plan[2], resume=file(plan)) for plan in plans]
+    many = min(len(jobs), torch.get_num_threads())
+    return _side_by_side(jobs, many) if many > 1 and background.device.type == "cpu" and _nobody_spreads() else Parallel()(delayed(job)() for job in jobs)
+
+def _nobody_spreads() -> bool:
+    "Whether there is no `joblib.parallel_config` that says where to run."
+    from joblib.parallel import BACKENDS, DEFAULT_BACKEND, get_active_backend
+    backend, jobs = get_active_backend()
+    return jobs is None and type(backend) is BACKENDS[DEFAULT_BACKEND]
+
+def _side_by_side(jobs: Sequence[Callable], many: int) -> list[Learned]:
+    "Trainings on threads of their own, among which those of torch are divided; where one fails, all end."
+    stop, threads = threading.Event(), torch.get_num_threads()
+    torch.set_num_threads(threads//many)
+    try:
+        with ThreadPoolExecutor(many) as pool:
+            running = [pool.submit(job, stop=stop) for job in jobs]
+            try: wait(running, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+        return [training.result() for training in running if not training.cancelled()]
+    finally: torch.set_num_threads(threads)
 
 def _plan(run: dict, clusters: int) -> tuple[int, tuple[int, ...], Recipe]:
     settings = dict(run)

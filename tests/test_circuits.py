@@ -7,13 +7,14 @@ import torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
 from torch import nn
+from torchvision.models import VisionTransformer
 
+from superpos import circuit
 from superpos.activation import record, strongest_patches
-from superpos.circuit import (Circuit, ablate, auroc, card, cross_ablation, effective, extract, faithfulness, keeps, matched, null, overlap, overlaps, respond,
-                              skeleton)
+from superpos.circuit import (Circuit, ablate, auroc, card, cross_ablation, effective, extract, faithfulness, keeps, matched, null, overlap, overlaps, skeleton)
 from superpos.field import pathway, receptive_field
-from superpos.mask import Layout, keep_top, random_like, soft, undecided
-from superpos.model import SmallAlexNet, fingerprint, outputs
+from superpos.mask import Layout, keep_top, random_like, respond, soft, undecided
+from superpos.model import ResNet8, SmallAlexNet, fingerprint, outputs
 from superpos.score import magnitude, relevant_weights
 from superpos.sparsify import sparsify
 
@@ -232,6 +233,66 @@ def test_effective_entries_are_those_whose_removal_shows(per, seed):
     assert torch.equal(effective(mask, layout), shows)
 
 
+class Branches(nn.Module):
+    "A way around, a concatenation, and a linear layer at the end; nothing in it can hide an effect by chance."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(5, 3, 1)
+        self.norm, self.unused, self.e = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        a = self.a(x)
+        self.unused(a)
+        return self.e(self.d(torch.cat([a + self.norm(self.b(a)), self.c(x)], 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
+@pytest.mark.parametrize("seed", range(4))
+def test_effective_entries_of_branches_are_those_whose_removal_shows(per, seed):
+    torch.manual_seed(seed)
+    way = pathway(Branches().eval().double().requires_grad_(False), "e", (2, 2))
+    layout, x = Layout.of(way, 1, per), torch.randn(3, 3, 2, 2, dtype=torch.double)
+    mask = torch.rand(len(layout)) < .5
+    slope = lambda m: (lambda y: y - y.mean())(respond(way, 1, x, m, layout))
+    without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
+    shows = torch.tensor([bool(mask[i]) and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12) for i in range(len(mask))])
+    before = fingerprint(way.model)
+    assert torch.equal(effective(mask, layout, way), shows) and keeps(way, mask, layout)["effective"] == shows.sum().item()/len(shows)
+    assert fingerprint(way.model) == before and not effective(mask & False, layout, way).any()
+
+
+@pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
+def test_a_chain_that_is_run_whole_has_the_same_paths(net, path, per):
+    whole = pathway(net, "classifier", (64, 64))  # through a linear layer, so that whole images are run
+    layout, part = Layout.of(whole, 3, per), Layout.of(path, 3, per)
+    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(1)) < .6
+    mask[-1] = True  # the unit's filter
+    found = layout.views(effective(mask, layout, whole))
+    assert all(found[name].any() for name in layout.names)
+    chain = circuit._alive_in_branches(keep := mask[:len(part)], part, path)
+    assert all((a == b).all() for a, b in zip(chain, circuit._alive(keep, part)))
+
+
+def test_what_needs_a_chain_says_so():
+    way = pathway(ResNet8(width=4).eval().requires_grad_(False), "stages.1.conv2", (32, 32))
+    layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
+    mask = torch.ones(len(layout), dtype=torch.bool)
+    why = "whole images are run: 'relu_3' is not a module"
+    with pytest.raises(NotImplementedError, match=f"a circuit is extracted from a chain of layers only; {why}"): extract(way, 0, mask, layout)
+    for fill in ("mean", "resample"):
+        with pytest.raises(NotImplementedError, match=f"fill='{fill}' needs a chain of layers; {why}"): ablate(way, 0, x, mask, layout, fill, x)
+    with pytest.raises(NotImplementedError, match=f"another way of convolving needs a chain of layers; {why}"): way(x, convolve=lambda *_: x)
+    vit = pathway(VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16).eval(), "encoder.layers.encoder_layer_0.mlp.0", (16, 16))
+    with pytest.raises(NotImplementedError, match="normalisation; '.*' belongs to a MultiheadAttention"): effective(torch.ones(len(of := Layout.of(vit, 0))).bool(), of, vit)
+
+
+def test_a_pathway_convolves_as_it_is_told(path):
+    x, seen = crops(path, 2), []
+    def plain(name, m, z): seen.append(name); return nn.functional.conv2d(z, m.weight, m.bias, m.stride, 0, m.dilation)
+    assert torch.equal(path(x, convolve=plain), path(x)) and seen == [n for n in path.parameters() if n.endswith("weight")]
+    assert torch.equal(path(x, convolve=lambda *a: 2*plain(*a))[:, 3], path(x, unit=3, convolve=lambda name, m, z: 2*plain(name, m, z)[:, 3:4] if name == "features.6.weight" else 2*plain(name, m, z)))
+
+
 def test_three_counts_of_what_is_kept(path):
     layout = Layout.of(path, 3)
     mask = torch.ones(len(layout), dtype=torch.bool)
@@ -287,6 +348,24 @@ def test_expected_overlap_by_simulation():
         assert ((row["low"] <= simulated) & (simulated <= row["high"])).mean() >= .94
     assert overlap(a, a, layout)[-1]["jaccard"] == 1 and overlap(a, ~a, layout)[-1]["jaccard"] == 0
     assert all(np.isfinite(list(r.values())[1:]).all() for r in overlap(a & False, a & False, layout))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.sampled_from([0, .1, .5, .95, 1]), st.sampled_from([.05, .5, 1]), st.integers(0, 10**6))
+def test_overlap_equals_its_definition(sizes, first, second, seed):
+    layout, g = Layout(tuple(map(str, range(len(sizes)))), tuple((1, n) for n in sizes), "kernel"), torch.Generator().manual_seed(seed)
+    a, b = (torch.rand(len(layout), generator=g) < keep for keep in (first, second))
+    every, found = np.ones(1), overlap(a, b, layout)
+    for i, (x, y) in enumerate([*zip(a.split(sizes), b.split(sizes)), (a, b)]):
+        pmf = stats.hypergeom(len(x), int(x.sum()), int(y.sum())).pmf(np.arange(int(x.sum()) + 1)) if i < len(sizes) else every
+        if i < len(sizes): every = np.convolve(every, pmf)
+        shared, both = np.arange(len(pmf)), int((x & y).sum())
+        jaccard = shared/np.maximum(1, int(x.sum() + y.sum()) - shared)
+        assert found[i]["jaccard"] == both/max(1, int((x | y).sum())) and found[i]["expected"] == pytest.approx(jaccard @ pmf, rel=1e-9)
+        assert found[i]["p"] == pytest.approx(pmf[both:].sum(), rel=1e-9)
+        for end, q in (("low", .025), ("high", .975)):
+            near = [jaccard[min(np.searchsorted(pmf.cumsum(), q + e), len(pmf) - 1)] for e in (-1e-9, 1e-9)]
+            assert near[0] <= found[i][end] <= near[1]
 
 
 def test_matched_masks_keep_layers_and_scores():

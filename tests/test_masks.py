@@ -1,5 +1,5 @@
 "Masks that are learned, on networks whose circuits are known; effective paths by enumeration; gradients by autograd."
-import copy, itertools, pickle, signal, subprocess, sys, time
+import copy, itertools, pickle, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import joblib
@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from superpos.circuit import Circuit, auroc, effective, respond
+from superpos.circuit import Circuit, auroc, effective
 from superpos.field import pathway
-from superpos.mask import Layout, between, hard, hard_concrete, open_chance, random_like, soft, top_like
-from superpos.model import fingerprint, outputs
+from superpos.mask import Layout, between, hard, hard_concrete, open_chance, random_like, respond, soft, top_like
+from superpos.model import SmallAlexNet, fingerprint, outputs
 from superpos.score import keep_top, relevant_weights
 from superpos import sparsify as training
 from superpos.sparsify import Recipe, frontier, settle, sparsify, sparsify_many
@@ -132,7 +132,7 @@ def test_the_network_stays_usable_while_a_mask_is_trained():
         def during(self, logits, step):
             if step == 3: seen.extend(fingerprint(m) for m in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)))); net.load_state_dict(state)
             return super().during(logits, step)
-    reference = training._reference(path, 0, groups, [training._responses(path, 0, x) for x in groups])
+    reference = training._reference(path, 0, groups, [respond(path, 0, x) for x in groups])
     training._train(path, 0, reference, Recipe(keep=.4, steps=6), Watch)
     assert seen == [before]*3 and set(net.state_dict()) == set(state) and not any(p.requires_grad for p in net.parameters())
 
@@ -316,6 +316,52 @@ def test_masks_of_one_job_equal_masks_alone():
     for bad, message in ((dict(own=3), "clusters 0..2, got 3"), (dict(other=[-1]), "got -1"), (dict(other=[]), "another cluster"), (dict(keep=2.), "got 2.0"), (dict(other=[0]), "must not overlap")):
         with pytest.raises(ValueError, match=message): sparsify_many(path, unit, clusters, dark, [runs[0], bad])
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+def small():
+    "Convolutions large enough that torch would divide them among threads."
+    torch.manual_seed(0)
+    path = pathway(SmallAlexNet(width=8).eval().requires_grad_(False), "features.10", (64, 64))
+    x = path.crop(torch.randn(56, 3, 64, 64)).contiguous(memory_format=torch.channels_last)
+    return path, 3, [x[:14], x[14:28]], x[28:], [dict(keep=.2, steps=12, seed=seed) for seed in range(3)]
+
+def test_masks_side_by_side_equal_masks_alone_on_one_thread(two_threads, monkeypatch):
+    path, unit, (own, other), dark, runs = small()
+    used, loss = set(), training._loss
+    monkeypatch.setattr(training, "_loss", lambda *args: (used.add((threading.get_ident(), torch.get_num_threads())), loss(*args))[1])
+    together = sparsify_many(path, unit, [own, other], dark, runs)
+    assert len(used) == 2 and {n for _, n in used} == {1} and threading.get_ident() not in dict(used) and torch.get_num_threads() == 2
+    used.clear()
+    for config in (dict(n_jobs=1), dict(backend="threading")):
+        with joblib.parallel_config(**config): in_turn = sparsify_many(path, unit, [own, other], dark, runs)
+        assert used == {(threading.get_ident(), 2)}
+    assert torch.equal(in_turn[0].mask, together[0].mask)
+    assert abs(in_turn[0].loss - together[0].loss).max() < 1e-3*together[0].loss.max()
+    torch.set_num_threads(1)
+    assert all(map(same, together, [sparsify(path, unit, own, other, dark, **run) for run in runs]))
+
+def test_one_failure_ends_the_trainings_beside_it_and_the_rest_goes_on_later(two_threads, monkeypatch, tmp_path):
+    path, unit, clusters, dark, runs = small()
+    runs = [dict(run, steps=200, patience=0) for run in runs]
+    steps, loss = [], training._loss
+    def fail(*args):
+        steps.append(1)
+        if len(steps) == 9: raise MemoryError("no room")
+        return loss(*args)
+    monkeypatch.setattr(training, "_loss", fail)
+    with pytest.raises(MemoryError, match="no room"): sparsify_many(path, unit, clusters, dark, runs, tmp_path)
+    assert len(steps) <= 11 and torch.get_num_threads() == 2
+    monkeypatch.setattr(training, "_loss", loss)
+    runs = [dict(run, steps=12) for run in runs]
+    first = sparsify_many(path, unit, clusters, dark, runs[:1], tmp_path)
+    monkeypatch.setattr(training, "_loss", lambda *args: pytest.fail("trained again"))
+    assert same(sparsify_many(path, unit, clusters, dark, runs[:1]*2, tmp_path)[1], first[0])
+
 def test_the_frontier_goes_on_where_it_stopped(tmp_path, monkeypatch):
     ask = lambda: frontier(*tiny(), keeps=(.1, .3), seeds=(0, 1), folder=tmp_path, measure=lambda learned: dict(count=int(learned.mask.sum())), steps=20)
     steps, loss, limit = [], training._loss, [50]
@@ -324,6 +370,7 @@ def test_the_frontier_goes_on_where_it_stopped(tmp_path, monkeypatch):
         steps.append(1)
         return loss(*args)
     monkeypatch.setattr(training, "_loss", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # one after the other
     with pytest.raises(KeyboardInterrupt): ask()
     limit[0] = None
     table = ask()

@@ -1,11 +1,13 @@
-"How much faster an extracted circuit is than the masked network, on AlexNet up to `features.10`."
+"How much faster an extracted circuit is than the masked network, and the overlap of two circuits than by its definition, on AlexNet up to `features.10`."
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from turns import interleaved
 
-from superpos.circuit import extract, respond
+from superpos.circuit import extract, overlap
 from superpos.field import pathway
-from superpos.mask import Layout, keep_top
+from superpos.mask import Layout, keep_top, respond
 from superpos.model import load_model
 
 
@@ -25,3 +27,22 @@ def test_extracted_circuits_are_faster(benchmark, per, keep, most):
     print(f" {per}s, {keep:.1%} of each layer kept: {fast/plain:.2f} of the masked network's time", end="")
     benchmark.pedantic(small, (x,), rounds=3)
     assert fast/plain <= most, f"{fast/plain:.2f} of the masked network's time"
+
+
+def test_overlap_of_two_circuits(benchmark):
+    "Probabilities from the ratios of neighbours, and only those that are not zero, against scipy's and all of them."
+    layout, g = Layout.of(pathway(load_model("alexnet"), "features.10"), 9), torch.Generator().manual_seed(0)
+    a, b = (torch.rand(len(layout), generator=g) < .05 for _ in range(2))
+    def plain():
+        every = np.ones(1)
+        for x, y in zip(a.split(layout.sizes), b.split(layout.sizes)):
+            every = np.convolve(every, stats.hypergeom(len(x), int(x.sum()), int(y.sum())).pmf(np.arange(int(min(x.sum(), y.sum())) + 1)))
+        shared = np.arange(len(every))
+        return shared/np.maximum(1, int(a.sum() + b.sum()) - shared) @ every
+    def fast(): return overlap(a, b, layout)[-1]["expected"]
+    assert fast() == pytest.approx(plain(), rel=1e-9)
+    seconds = interleaved(dict(plain=plain, fast=fast), 2)
+    benchmark.extra_info.update(ratio=seconds["plain"]/seconds["fast"], ms=1e3*seconds["fast"])
+    print(f"\n  overlap of two circuits of {len(layout)} kernels: {1e3*seconds['fast']:.1f} ms, {seconds['plain']/seconds['fast']:.0f} times faster than by scipy's probabilities", end="")
+    benchmark.pedantic(fast, rounds=3)
+    assert seconds["plain"]/seconds["fast"] >= 100

@@ -108,7 +108,7 @@ def record(
     values = [_finite(reader(x), layer, first) for first, x in _batches(images, 0, batch, reader, shape)]
     return Recording(torch.cat(values).numpy(), layer, reader.position, reader.how)
 
-# %% ../nbs/21_activation.ipynb #3ed2f439
+# %% ../nbs/21_activation.ipynb #907feeff
 @dataclasses.dataclass(frozen=True, eq=False)
 class Survey:
     "What a layer's units did over a data set: the strongest images of each, moments, and a uniform sample."
@@ -165,10 +165,10 @@ class Survey:
         path: str | Path,  # of a file that `save` wrote
     ) -> "Survey":
         "Read what `save` wrote."
-        from safetensors import safe_open
-        with safe_open(path, "pt") as file:
-            if "survey" not in (file.metadata() or {}): raise ValueError(f"{path} is not a survey")
-            return cls(**json.loads(file.metadata()["survey"]), **{k: file.get_tensor(k) for k in file.keys()})
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as file: return cls(**json.loads(file.metadata()["survey"]), **{k: file.get_tensor(k) for k in file.keys()})
+        except (SafetensorError, KeyError, TypeError, ValueError) as problem: raise ValueError(f"{Path(path).name} is not the file of a survey: {problem}") from problem
 
 # %% ../nbs/21_activation.ipynb #d8bb98cd
 def _strongest(values: torch.Tensor, images: torch.Tensor, new: torch.Tensor, first: int) -> None:

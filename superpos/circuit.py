@@ -23,7 +23,7 @@ from .mask import Layout, random_like, respond
 from .model import Unit, check_unit, fingerprint
 from .score import gather, relevant_weights
 
-# %% ../nbs/33_circuit.ipynb #afb899b9
+# %% ../nbs/33_circuit.ipynb #c3c4e887
 @dataclasses.dataclass(frozen=True)
 class Circuit:
     "Which parameters are kept, for which unit of which weights, and why."
@@ -61,7 +61,7 @@ class Circuit:
     ) -> None:
         "Write the circuit to one self-contained file."
         from safetensors.torch import save_file
-        about = dict(unit=str(self.unit), names=self.layout.names, shapes=self.layout.shapes, per=self.layout.per,
+        about = dict(unit=str(self.unit), names=self.layout.names, shapes=self.layout.shapes, per=self.layout.per, branches=self.layout.branches,
                      weights=self.weights, cluster=self.cluster, method=self.method, settings=self.settings)
         bits = torch.from_numpy(np.packbits(self.mask.numpy()))
         with atomic_write(path) as p: save_file({"mask": bits}, p, metadata={"circuit": json.dumps(about)})
@@ -75,7 +75,7 @@ class Circuit:
         from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, "pt") as f: about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
-            layout = Layout(tuple(map(str, about["names"])), tuple(tuple(map(int, s)) for s in about["shapes"]), about["per"])
+            layout = Layout(tuple(map(str, about["names"])), tuple(tuple(map(int, s)) for s in about["shapes"]), about["per"], bool(about["branches"]))
             if bits.dtype != torch.uint8 or bits.shape != (-(-len(layout)//8),): raise ValueError(f"{tuple(bits.shape)} of {bits.dtype} are not {len(layout)} bits")
             mask, words = torch.from_numpy(np.unpackbits(bits.numpy(), count=len(layout)).astype(bool)), [about[k] for k in ("unit", "weights", "cluster", "method")]
             if not (all(isinstance(w, str) for w in words) and isinstance(about["settings"], dict)): raise ValueError("its description is not text and settings")
@@ -102,11 +102,12 @@ def _fits(model: nn.Module, unit: Unit, layout: Layout) -> bool:
             and all(w.ndim in (2, 4) and gather(w.double(), layout.per).shape == shape for w, shape in zip(weights, layout.shapes)))
 
 def _identity(model: nn.Module, layout: Layout) -> str:
-    "A digest of all that the response of a circuit depends on: the layers of the layout, and normalisation."
-    layers = {name.rpartition(".")[0] for name in layout.names} | {name for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    return fingerprint(model, [name for name in model.state_dict() if name.rpartition(".")[0] in layers])
+    "A digest of all that the response of a circuit may depend on: everything but the convolutions and linear layers it does not run through."
+    through = {name.rpartition(".")[0] for name in layout.names}
+    owners = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and name not in through}
+    return fingerprint(model, [name for name in model.state_dict() if name.rpartition(".")[0] not in owners])
 
-# %% ../nbs/33_circuit.ipynb #83bbeb14
+# %% ../nbs/33_circuit.ipynb #e1a63f23
 def _kernels(
     mask: torch.Tensor,  # bool, flat, in `layout`
     layout: Layout,  # of a chain of layers
@@ -124,7 +125,7 @@ def _alive(
     "The kernels that lie on an unbroken path from the image to the unit."
     kernels = _kernels(mask, layout)
     if broken := [name for name, a, b in zip(layout.names[1:], kernels, kernels[1:]) if len(a) != b.shape[1]]:
-        raise NotImplementedError(f"paths are followed through chains of layers; '{broken[0]}' does not read what the layer before it writes; where layers branch, give the pathway")
+        raise NotImplementedError(f"paths are followed through chains of layers; '{broken[0]}' does not read what the layer before it writes")
     alive, reached, useful = [], torch.ones_like(kernels[0][0]), torch.ones_like(kernels[-1][:, 0])
     for k in kernels:
         alive.append(k & reached)
@@ -160,7 +161,8 @@ def effective(
     path: Pathway | None = None,  # to the unit; needed where layers branch
 ) -> torch.Tensor:  # bool, flat: a part of `mask`
     "The kept entries that lie on an unbroken path from the image to the unit."
-    alive = _alive(mask, layout) if path is None or path.exact_crop else _alive_in_branches(mask, layout, path)
+    if layout.branches and path is None: raise ValueError(f"the layers before '{layout.names[-1]}' branch; give the pathway, `effective(mask, layout, path)`")
+    alive = _alive_in_branches(mask, layout, path) if layout.branches else _alive(mask, layout)
     shaped = {"filter": lambda k, p: k.any(1), "channel": lambda k, p: k.any(0), "kernel": lambda k, p: k, "weight": lambda k, p: k.view(*k.shape, *[1]*(p.ndim - 2)) & p}
     return layout.flatten({name: shaped[layout.per](k, p) for k, (name, p) in zip(alive, layout.views(mask).items())})
 

@@ -191,7 +191,7 @@ def telling(
     frame = pd.DataFrame(rows)
     return frame.assign(p=correct(frame.p)).sort_values(["p", "inside"], ascending=[True, False], ignore_index=True)
 
-# %% ../nbs/22_cluster.ipynb #e07f3583
+# %% ../nbs/22_cluster.ipynb #fedf9206
 def attributions(
     model: torch.nn.Module,  # in evaluation mode
     unit: Unit | str,  # of a convolution or a linear layer, such as `features.10:9`
@@ -213,7 +213,9 @@ def attributions(
             with torch.no_grad(): outputs(model, [unit.layer], x)
             rows.append(_contributions(module, taken.pop(), unit.index, at))
     finally: handle.remove()
-    return np.concatenate(rows)
+    if len(bad := np.flatnonzero(~np.isfinite(X := np.concatenate(rows)).all(1))):
+        raise ValueError(f"{len(bad)} of {len(X)} images, such as number {bad[0]}, give {unit} attributions that are not finite; look for NaN in the weights or in `prepare`")
+    return X
 
 def _contributions(module: torch.nn.Module, below: torch.Tensor, index: int, at: str) -> np.ndarray:
     below.requires_grad_()

@@ -63,7 +63,7 @@ def progress(
     quiet = True if os.environ.get("SUPERPOS_QUIET") else not issubclass(tqdm, notebook_bar) and None
     return tqdm(items, desc=what, total=total, disable=quiet)
 
-# %% ../nbs/00_core.ipynb #dba395f1
+# %% ../nbs/00_core.ipynb #2eff9f9c
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the final name; its folder is made if need be
@@ -78,6 +78,9 @@ def atomic_write(
         umask = os.umask(0); os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    except OSError as problem:
+        if problem.errno and not problem.filename: problem.filename = str(path)
+        raise
     finally: Path(temporary).unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #8b78be0e

@@ -13,13 +13,14 @@ import torch
 from .field import Pathway
 from .score import gather, keep_top, relevant_weights, spread
 
-# %% ../nbs/31_mask.ipynb #7008e10d
+# %% ../nbs/31_mask.ipynb #48f2571f
 @dataclasses.dataclass(frozen=True)
 class Layout:
     "How the entries of a mask are arranged."
     names: tuple[str, ...]  # of the weights, from the image to the unit
     shapes: tuple[tuple[int, ...], ...]  # of each weight's part of the mask
     per: str  # "weight", "kernel", "filter" or "channel"
+    branches: bool = False  # whether a layer may read something else than what the layer before it writes
 
     @classmethod
     def of(cls,
@@ -29,7 +30,7 @@ class Layout:
     ) -> "Layout":
         "The layout of masks over the weights that a unit depends on."
         weights = relevant_weights(path, unit)
-        return cls(tuple(weights), tuple(tuple(gather(w, per).shape) for w in weights.values()), per)
+        return cls(tuple(weights), tuple(tuple(gather(w, per).shape) for w in weights.values()), per, not path.exact_crop)
 
     @property
     def sizes(self) -> list[int]:

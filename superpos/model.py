@@ -146,7 +146,7 @@ def outputs(
     if missing := set(names) - set(found): raise ValueError(f"the forward pass never reached {', '.join(sorted(missing))}")
     return found
 
-# %% ../nbs/04_model.ipynb #9e179879
+# %% ../nbs/04_model.ipynb #0c2fafb7
 def load_model(
     name: str,  # of a torchvision classification network, such as `alexnet`
     weights: str | Path | None = None,  # `IMAGENET1K_V1`, `DEFAULT`, a `.safetensors` or `.pth` file; None: random
@@ -165,12 +165,9 @@ def load_model(
 
 def _load_file(model: nn.Module, path: Path) -> None:
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file of weights")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        state = load_file(path)
-    else:
-        try: state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as problem: raise ValueError(f"{path.name} cannot be read as plain weights, and nothing else is loaded ({type(problem).__name__})") from problem
+    from safetensors.torch import load_file
+    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem: raise ValueError(f"{path.name} cannot be read as plain weights, and nothing else is loaded ({type(problem).__name__})") from problem
     if not isinstance(state, dict): raise ValueError(f"{path.name} holds a {type(state).__name__}, not tensors by their names")
     own = model.state_dict()
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]

@@ -59,7 +59,7 @@ def spread(
     axes = _axes(weight.ndim, per)
     return parts.reshape([1 if axis in axes else n for axis, n in enumerate(weight.shape)])
 
-# %% ../nbs/30_score.ipynb #45557c15
+# %% ../nbs/30_score.ipynb #ccbd591e
 def check_keep(
     keep: float,  # fraction kept
     total: int,  # entries of the mask
@@ -74,7 +74,7 @@ def keep_top(
     keep: float,  # fraction kept
 ) -> torch.Tensor:  # bool, the same shape
     "Keep the entries with the highest scores: exactly as many as asked for, the first ones among equals."
-    if bad := int(scores.isnan().sum()): raise ValueError(f"{bad} of {len(scores)} scores are NaN, so that nothing can be ranked; look for NaN in the images or the weights")
+    if bad := int((scores.isnan() | (scores == torch.inf)).sum()): raise ValueError(f"{bad} of {len(scores)} scores are NaN or infinite, so that nothing can be ranked; look for NaN in the images or the weights")
     mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     mask[scores.argsort(descending=True, stable=True)[:check_keep(keep, len(scores))]] = True
     return mask

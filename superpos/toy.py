@@ -142,7 +142,7 @@ def _draw(keys: torch.Tensor, plan: _Plan, batch: int) -> torch.Tensor:
         x = torch.where((t >= 0) & (t < 1), torch.where(plan.shared, values, 1 - t) if two else 1 - t, 0)
     return torch.where(x > 0, 2*x - 1, 0) if plan.signed else x
 
-# %% ../nbs/10_toy.ipynb #93042fbe
+# %% ../nbs/10_toy.ipynb #c36ab71d
 _kinds = {"linear": (False, False), "relu_output": (False, True), "relu_hidden": (True, True), "absolute": (True, True)}  # ReLU at hidden, output
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,8 +212,10 @@ class Toy:
         path: str | Path,  # of a file that `save` wrote
     ) -> "Toy":
         "Read what `save` wrote."
-        from safetensors import safe_open
-        with safe_open(path, "pt") as file: return cls(**{name: file.get_tensor(name) for name in file.keys()}, kind=(file.metadata() or {}).get("kind", ""))
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, "pt") as file: return cls(**{name: file.get_tensor(name) for name in file.keys()}, kind=(file.metadata() or {}).get("kind", ""))
+        except (SafetensorError, TypeError, ValueError) as problem: raise ValueError(f"{Path(path).name} is not the file of a toy model: {problem}") from problem
 
 def _check_kind(kind: str) -> None:
     if kind not in _kinds: raise ValueError(f"there is no model of kind {kind!r}; the kinds are {', '.join(_kinds)}")

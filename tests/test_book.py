@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from superpos.book import NotebookError, _dependencies, execute, main, mathml, notebooks, problems, readme, superpos_imports
+from superpos.book import NotebookError, _dependencies, _furnish, execute, main, mathml, notebooks, problems, readme, reference, superpos_imports
 
 settings = """[DEFAULT]
 repo = tiny
@@ -36,7 +36,7 @@ git_url = https://example.org/tiny
 custom_sidebar = True
 tst_flags = slow gpu
 """
-site_config = """project: {type: website, output-dir: _docs}
+site_config = """project: {type: website, output-dir: _docs, resources: ["*.txt"]}
 format: {html: {theme: {light: cosmo, dark: darkly}, toc: true, html-math-method: mathml}}
 website:
   sidebar:
@@ -155,6 +155,13 @@ def test_dependencies_reach_through_modules(project):
     assert {p.name for p in _dependencies(project, page)} == {"low.py", "lowest.py", "constraints.txt"}
 
 
+def test_page_that_uses_the_book_depends_on_every_module(project):
+    (project/"superpos").mkdir()
+    for name in ("_modidx", "book", "other"): (project/"superpos"/f"{name}.py").write_text("")
+    page = write(project/"nbs"/"00_a.ipynb", "from superpos.book import reference")
+    assert {p.name for p in _dependencies(project, page)} == {"book.py", "other.py"}
+
+
 @pytest.mark.parametrize("source,names", [
     ("import superpos.plot as p, torch", {"plot"}), ("from superpos import core, plot", {"core", "plot"}),
     ("from .core import f", {"core"}), ("from . import mask", {"mask"}),
@@ -220,8 +227,10 @@ def tiny(project: Path) -> Path:
           "%Look at [two](10_two.ipynb#twice) or [its figure](10_two.ipynb#fig-dot), where $x^2_i$ is.",
           '#| label: fig-here\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\n1', outputs={2: png})
     write(project/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "#| default_exp two", "%Text with `twice`.",
+          "#| export\nfrom dataclasses import dataclass",
+          '#| export\n@dataclass\nclass Pair:\n    "Two."\n    left: int  # the first of them\n    _: int = 0',
           '#| export\ndef twice(\n    x: float,  # a number\n) -> float:\n    "$2x$, by adding."\n    return x + x',
-          '#| label: fig-dot\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\ntwice(1)', outputs={4: png})
+          '#| label: fig-dot\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\ntwice(1)', outputs={6: png})
     (project/"nbs"/"_quarto.yml").write_text(site_config)
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"], cwd=project, check=True)
     return project
@@ -240,6 +249,15 @@ def test_site_is_rendered_and_checked(project):
     assert "<msubsup>" in index and "katex" not in (index + two).lower()
     assert index.count('<img width="4" alt="One dot."') == 1  # half of its eight pixels
     assert "not_written_yet" not in index and "Later" not in index
+    assert 'class="book-beside"><a href="https://example.org/tiny/blob/main/nbs/10_two.ipynb">Source</a> <a href="notebooks/10_two.ipynb" download>' in two
+    assert (project/"_docs"/"notebooks"/"10_two.ipynb").read_bytes() == (project/"nbs"/"10_two.ipynb").read_bytes()
+    assert two.count("# the first of them") == 1 and "_: int" not in two
+    assert (project/"_docs"/"llms.txt").read_text() == (
+        "# tiny\n\n> A book of two pages.\n\nA book whose pages are notebooks and whose code is the Python package `tiny`. The notebook behind "
+        "`https://tiny.example.org/tiny/NAME.html` is in `https://tiny.example.org/tiny/notebooks/`, with its number in front of its name.\n\n"
+        "## Start here\n\n- [Tiny](https://tiny.example.org/tiny/index.html): A book of two pages.\n\n"
+        "## Pages\n\n- [Two](https://tiny.example.org/tiny/two.html): Two times.\n")
+    assert (project/"_docs"/"search.js").read_text().startswith("window.searchIndex = [")
     assert "fonts.googleapis" not in "".join(p.read_text() for p in (project/"_docs").rglob("*.css"))
     checked = command(project, "check")
     assert checked.returncode == 0 and "2 pages, every link leads somewhere" in checked.stdout, checked.stderr
@@ -258,6 +276,41 @@ def test_quarto_is_used_where_it_is_installed(project):
     seen = (project/"_docs"/"seen").read_text()
     assert (project/"_proc"/"arguments").read_text().split()[0] == "render"
     assert "$x^2_i$" in seen and "<math" not in seen and "html-math-method: mathml" in seen and "two.ipynb#twice" in seen
+
+
+def test_search_of_quarto_is_made_to_work_from_disk(project):
+    write(project/"nbs"/"00_a.ipynb", "1")
+    (site := project/"_docs").mkdir()
+    (site/"quarto-search.js").write_text('if (window.location.protocol === "file:" && !shownWarning) return;')
+    (site/"search.json").write_text("[]")
+    _furnish(project, site)
+    assert (site/"quarto-search.js").read_text() == "if (false && !shownWarning) return;"
+    assert (site/"search.js").read_text() == "window.searchIndex = [];"
+
+
+modules = dict(
+    low='__all__ = ["size", "check", "Box"]\nsize = 3\ndef check(x):\n    "No more than `size`."\n    if x > size: raise ValueError(x)\n'
+        'class Box:\n    "A box."\n    def __init__(self, a, *rest): check(a)\n    @property\n    def full(self) -> bool:\n        "Whether."\n'
+        '    def open(self, how) -> None:\n        "Opens."\n        raise errors.Stuck',
+    high='__all__ = ["near", "far", "calm"]\nfrom .low import check as same\nfrom . import low as l\n'
+         'def _deep(x): same(x); _deep(x)\ndef near(x: int | None, *, y=1) -> "dict | None":\n    "Is |near|.\\n\\n    More."\n    _deep(x)\n'
+         'def far(**k):\n    "Far."\n    l.Box(k)\ndef calm():\n    "Calm."\n    l.size\n    try: 1\n    except KeyError as e: raise e')
+
+
+def test_reference_names_arguments_and_errors(project):
+    (project/"tiny").mkdir()
+    for n, (name, source) in enumerate(modules.items()):
+        (project/"tiny"/f"{name}.py").write_text(source)
+        write(project/"nbs"/f"0{n}_{name}.ipynb", f"# {name.title()}\n\n> It is {name}.", f"#| default_exp {name}")
+    low, high = reference(project).split("\n\n## ")
+    head = "| Name, arguments → what it gives | What it does | Can raise |\n|---|---|---|\n"
+    assert low == "## tiny.low\n\n[Low](00_low.ipynb): It is low.\n\n" + head + "\n".join([
+        "| [size](00_low.ipynb) | `3` | |", "| [check](00_low.ipynb#check)`(x)` | No more than `size`. | `ValueError` |",
+        "| [Box](00_low.ipynb#box)`(a, *rest)` | A box. | `ValueError` |", "| [Box.full](00_low.ipynb#box) → `bool` | Whether. |  |",
+        "| [Box.open](00_low.ipynb#box)`(how)` | Opens. | `Stuck` |"])
+    assert high == "tiny.high\n\n[High](01_high.ipynb): It is high.\n\n" + head + "\n".join([
+        "| [near](01_high.ipynb#near)`(x, y)` → `dict or None` | Is &#124;near&#124;. | `ValueError` |",
+        "| [far](01_high.ipynb#far)`(**k)` | Far. | `ValueError` |", "| [calm](01_high.ipynb#calm)`()` | Calm. |  |"])
 
 
 def test_formula_in_a_page_names_the_page(project):

@@ -277,6 +277,7 @@ def test_what_needs_a_chain_says_so():
     way = pathway(ResNet8(width=4).eval().requires_grad_(False), "stages.1.conv2", (32, 32))
     layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
     mask = torch.ones(len(layout), dtype=torch.bool)
+    with pytest.raises(ValueError, match="branch; give the pathway"): effective(mask, layout)
     why = "whole images are run: 'relu_3' is not a module"
     with pytest.raises(NotImplementedError, match=f"a circuit is extracted from a chain of layers only; {why}"): extract(way, 0, mask, layout)
     for fill in ("mean", "resample"):

@@ -1,0 +1,244 @@
+"""The rendered site in a real browser, opened from disk: a headless Chromium, or Chrome, of the machine.
+
+The site is `_docs` if that holds the notebooks as they are now; otherwise three pages are rendered for these tests.
+"""
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from superpos.book import notebooks, reference
+
+root = Path(__file__).resolve().parent.parent
+few = "index.ipynb", "01_plot.ipynb", "71_reference.ipynb"
+phone = 390
+
+
+def is_fresh(site: Path) -> bool:
+    kept = site/"notebooks"
+    return (site/"search-from-disk.js").exists() and filecmp.cmp(root/"nbs"/"styles.css", site/"styles.css", shallow=False) and all(
+        (kept/nb.name).exists() and filecmp.cmp(nb, kept/nb.name, shallow=False) for nb in notebooks(root))
+
+
+def render_few(folder: Path) -> Path:
+    for name in ("superpos", "settings.ini", "_quarto.yml"):
+        (shutil.copytree if (root/name).is_dir() else shutil.copy)(root/name, folder/name)
+    (folder/"nbs").mkdir()
+    for name in (*few, "styles.css", "favicon.svg"): shutil.copy(root/"nbs"/name, folder/"nbs")
+    (folder/"nbs"/"_quarto.yml").symlink_to("../_quarto.yml")
+    env = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-m", "superpos.book", "render"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder/"_docs"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    if (root/"_docs").exists() and is_fresh(root/"_docs"): return shutil.copytree(root/"_docs", folder/"_docs")
+    return render_few(folder)
+
+
+@pytest.fixture(scope="module")
+def browse(tmp_path_factory):
+    "A function that opens a page, lets its scripts run, and returns what the page has become and what the console said."
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))), None)
+    if not found: pytest.skip("no chromium or google-chrome on the PATH (on Debian: apt install chromium)")
+    profile = tmp_path_factory.mktemp("profile")
+
+    def opened(page: Path, *flags: str, milliseconds: int = 5000) -> tuple[str, list[str]]:
+        fixed = ["--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--window-size=1200,900",
+                 "--enable-logging=stderr", f"--user-data-dir={profile}", f"--virtual-time-budget={milliseconds}", "--dump-dom"]
+        done = subprocess.run([found, *fixed, *flags, page.as_uri()], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "<html" in done.stdout, done.stderr[-2000:]
+        return done.stdout, re.findall(r"CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
+
+    return opened
+
+
+# ---- every page, at the width of a phone and of a screen, light and dark
+
+tour = """<!doctype html><meta charset="utf-8"><body><script>
+const pages = PAGES, seen = {};
+const later = (ms) => new Promise((done) => setTimeout(done, ms));
+const channels = (colour) => { const c = colour.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c; };
+const over = (top, below) => top.slice(0, 3).map((c, i) => c*top[3] + below[i]*(1 - top[3])).concat(1);
+const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) => { const v = c[i]/255; return sum + w*(v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4); }, 0);
+const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05); };
+const faint = (frame) => {
+  const found = {}, view = frame.contentWindow, known = new Map([[null, {paper: [255, 255, 255, 1], opacity: 1}]]);
+  const behind = (e) => {
+    if (!known.has(e)) {
+      const above = behind(e.parentElement), style = view.getComputedStyle(e);
+      known.set(e, {paper: over(channels(style.backgroundColor), above.paper), opacity: above.opacity*style.opacity, style});
+    }
+    return known.get(e);
+  };
+  for (const e of frame.contentDocument.querySelectorAll("body *")) {
+    if (!e.getClientRects().length || e.closest("svg, .anchorjs-link, math annotation, script, noscript")) continue;
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    const {paper, opacity, style} = behind(e);
+    if (style.visibility === "hidden") continue;
+    const text = channels(style.color);
+    text[3] *= opacity;
+    const needed = parseFloat(style.fontSize) >= 24 ? 3 : 4.5, got = ratio(over(text, paper), paper);
+    if (got < needed) found[`${e.tagName.toLowerCase()}.${[...e.classList].join(".")} in ${e.parentElement.className}: ${style.color}`] = got.toFixed(2);
+  }
+  return found;
+};
+const look = async (page) => {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = "width: PHONEpx; height: 800px; border: 0";
+  frame.src = page;
+  const loaded = new Promise((done) => frame.onload = done);
+  document.body.append(frame);
+  await loaded;
+  await later(60);
+  const body = frame.contentDocument, view = frame.contentWindow, width = body.documentElement.scrollWidth;
+  const wide = width <= PHONE ? [] : [...body.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > PHONE + 1 && !e.closest("pre, .sd-table, math"))
+    .map((e) => e.tagName.toLowerCase() + "." + e.className).slice(0, 3);
+  const pictures = [...body.images];
+  const said = {title: body.title, width, wide, faint: faint(frame),
+    words: body.querySelector("main").innerText.length,
+    blind: pictures.filter((i) => !i.alt.trim()).length, broken: pictures.filter((i) => !i.naturalWidth).length,
+    afar: view.performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !/^(file|data|blob):/.test(n)),
+    folds: [...body.querySelectorAll("details")].map((d) => { const was = d.open; d.querySelector("summary").click(); return d.open !== was; })};
+  const paper = () => view.getComputedStyle(body.body).backgroundColor, before = paper();
+  (view.smalldocsToggleScheme || view.quartoToggleColorScheme)();
+  frame.style.width = "1200px";
+  await later(200);
+  said.toggled = [before, paper()];
+  said.dark = faint(frame);
+  (view.smalldocsToggleScheme || view.quartoToggleColorScheme)();
+  frame.remove();
+  return said;
+};
+(async () => {
+  for (const page of pages) try { seen[page] = await look(page); } catch (e) { seen[page] = {failed: String(e)}; }
+  document.body.textContent = JSON.stringify(seen);
+  document.body.id = "finished";
+})();
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def toured(site, browse):
+    "What a visit to every page found, by page, and what the console said."
+    pages = sorted(p.name for p in site.glob("*.html"))
+    (site/"tour.htm").write_text(tour.replace("PAGES", json.dumps(pages)).replace("PHONE", str(phone)))
+    page, console = browse(site/"tour.htm", "--allow-file-access-from-files", milliseconds=500*len(pages))
+    found = re.search(r'<body id="finished">(.*)</body>', page, re.S)
+    assert found, page[-1000:]
+    seen = json.loads(unescape(found[1]))
+    assert sorted(seen) == pages and len(pages) >= len(few)
+    return seen, console
+
+
+def test_every_page_loads_without_errors(toured):
+    seen, console = toured
+    assert not console
+    assert {page: s["failed"] for page, s in seen.items() if "failed" in s} == {}
+    assert min(s["words"] for s in seen.values()) > 200
+
+
+def test_pictures_are_there_and_described(toured):
+    seen, _ = toured
+    assert {page: (s["broken"], s["blind"]) for page, s in seen.items() if s["broken"] or s["blind"]} == {}
+
+
+def test_nothing_comes_from_the_network(toured):
+    assert {page: s["afar"] for page, s in toured[0].items() if s["afar"]} == {}
+
+
+def test_pages_fit_a_phone(toured):
+    assert {page: (s["width"], s["wide"]) for page, s in toured[0].items() if s["width"] > phone} == {}
+
+
+@pytest.mark.parametrize("scheme", ["faint", "dark"])
+def test_text_stands_out_from_its_background(toured, scheme):
+    assert {page: s[scheme] for page, s in toured[0].items() if s[scheme]} == {}
+
+
+def test_pages_respond(toured):
+    for page, s in toured[0].items():
+        assert len(set(s["toggled"])) == 2, f"{page}: light and dark look alike"
+        assert all(s["folds"]), f"{page}: a fold does not open"
+
+
+def search(site: Path, browse, words: str) -> list[str]:
+    asks = """<script>addEventListener("load", () => { const box = document.querySelector(".smalldocs-search input");
+      box.value = WORDS; box.dispatchEvent(new Event("input")); });</script></body>""".replace("WORDS", json.dumps(words))
+    (site/"asked.htm").write_text((site/"index.html").read_text(encoding="utf-8").replace("</body>", asks), encoding="utf-8")
+    page, console = browse(site/"asked.htm")
+    assert not console
+    return re.findall(r'class="search-result" href="(?:\./)?([^"]+)"', page)
+
+
+def test_search_answers_from_disk(site, browse):
+    if 'content="smalldocs' not in (site/"index.html").read_text(encoding="utf-8"): pytest.skip("the search box is Quarto's")
+    found = search(site, browse, "circuit_diagram")
+    assert "plot.html" in {address.partition("#")[0] for address in found}
+    assert all((site/address.partition("#")[0]).exists() for address in found)
+
+
+# ---- what lies beside the pages
+
+
+def test_every_page_has_its_source_its_notebook_and_its_module(site):
+    for page in site.glob("*.html"):
+        beside = re.search(r'<p class="book-beside">(.*?)</p>', text := page.read_text(encoding="utf-8"))
+        addresses = re.findall(r'href="([^"]+)"', beside[1])
+        kept = site/addresses[1]
+        assert kept.read_bytes() == (root/"nbs"/kept.name).read_bytes() and addresses[0].endswith(f"/nbs/{kept.name}")
+        exports = re.search(r"#\| *default_exp +(\w+)", kept.read_text(encoding="utf-8"))
+        assert addresses[2:] == ([f"reference.html#superpos.{exports[1]}"] if exports else []), page.name
+        assert text.count('class="book-beside"') == 1
+
+
+def test_contents_for_programs(site):
+    text = (site/"llms.txt").read_text(encoding="utf-8")
+    assert text.startswith("# superpos\n\n> ") and text.count("\n## ") >= 2
+    entries = re.findall(r"^- \[.+?\]\(https://superpos\.github\.io/superpos/([\w.]+)\): \S.*$", text, re.M)
+    assert set(entries) == {p.name for p in site.glob("*.html")} and len(entries) == len(set(entries)) == text.count("\n- ")
+
+
+def test_reference_is_current():
+    stored = json.loads((root/"nbs"/"71_reference.ipynb").read_text(encoding="utf-8"))["cells"][-1]["outputs"]
+    assert stored and "".join(stored[0]["data"]["text/markdown"]) == reference(root), "run `make site`"
+
+
+# ---- the colours of the style sheet, without a browser
+
+
+def variables(block: str) -> dict[str, str]:
+    return dict(re.findall(r"--book-([\w-]+): (#[0-9a-f]{3,6});", block))
+
+
+def luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(c*2 for c in colour[1:])
+    values = [int(digits[i:i + 2], 16)/255 for i in (0, 2, 4)]
+    return sum(w*(v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4) for w, v in zip((.2126, .7152, .0722), values))
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + .05)/(low + .05)
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast("#fff", "#000000") == pytest.approx(21) and contrast("#777", "#ffffff") == pytest.approx(4.48, abs=.01)
+
+
+@pytest.mark.parametrize("selector", [":root", ".quarto-dark"])
+def test_colours_stand_out(selector):
+    sheet = (root/"nbs"/"styles.css").read_text(encoding="utf-8")
+    colours = variables(re.search(rf"(?m)^{re.escape(selector)} \{{(.*?)^\}}", sheet, re.S | re.M)[1])
+    ratios = {(ink, paper): contrast(colours[ink], colours[paper]) for ink in ("ink", "quiet", "link") for paper in ("paper", "tint")}
+    assert min(ratios.values()) >= 4.5, ratios

@@ -54,7 +54,7 @@ def _diagonal(concepts: int, width: int, shared: int) -> list[torch.Tensor]:
     ends = [(reads, torch.ones(concepts, 3, dtype=torch.bool)), (block, reads), (block, block), (torch.eye(concepts, dtype=torch.bool), block)]
     return [write[:, :, None] & read[:, None] for write, read in ends]
 
-# %% ../nbs/34_planted.ipynb #e8446c17
+# %% ../nbs/34_planted.ipynb #884841c0
 def _masked(net: nn.Sequential, truth: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     convs = [(name, m) for name, m in net.named_children() if isinstance(m, nn.Conv2d)]
     return {f"{name}.weight": m.weight*mask.any(0)[:, :, None, None] for (name, m), mask in zip(convs, truth)}
@@ -67,21 +67,38 @@ def _drop_dead(truth: list[torch.Tensor]) -> None:
     for before, mask in zip(truth, truth[1:]): mask &= before.any(2)[:, None]
     for mask, after in zip(truth[-2::-1], truth[::-1]): mask &= after.any(1)[:, :, None]
 
+def _after(layers: Sequence[nn.Module], weights: dict, h: torch.Tensor) -> torch.Tensor:
+    "What some layers make of h, with a weight and a bias for each convolution."
+    for m in layers: h = F.conv2d(h, *weights[m], m.stride, m.padding) if m in weights else m(h)
+    return h
+
 @torch.no_grad()
+def _costs(net: nn.Sequential, block: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> dict[tuple[int, int, int], float]:
+    "By how much the loss of a block, on its own, rises without each of its kernels (layer, out, in)."
+    convs = [m for m in net if isinstance(m, nn.Conv2d)]
+    alive = [torch.ones(3, dtype=torch.bool), *(mask.any(1) for mask in block)]       # channels
+    weights = {m: ((m.weight*mask[:, :, None, None])[o][:, i], m.bias[o]) for m, mask, i, o in zip(convs, block, alive, alive[1:])}
+    loss = lambda layers, h: (_after(layers, weights, h).flatten() - y).square().mean().item()
+    whole, costs = loss(net, x), {}
+    for k, m in enumerate(net):
+        if m in weights:
+            layer, (weight, _) = convs.index(m), weights[m]
+            places = block[layer].nonzero().tolist()
+            for place, (o, i) in zip(places, block[layer][alive[layer + 1]][:, alive[layer]].nonzero().tolist()):
+                kept = weight[o, i].clone()
+                weight[o, i] = 0
+                costs[layer, *place] = loss(net[k:], x) - whole
+                weight[o, i] = kept
+        x = _after([m], weights, x)
+    return costs
+
 def _prune(net: nn.Sequential, truth: list[torch.Tensor], goals: Sequence[int], x: torch.Tensor, y: torch.Tensor) -> None:
     "Drop kernels of each block until it has at most `goals` of them, in place."
-    weights = _masked(net, truth)
-    values = list(weights.values())
+    costs = [_costs(net, [mask[concept] for mask in truth], x, y[:, concept]) for concept in range(len(goals))]
     for concept, goal in enumerate(goals):
-        entries, losses = [(layer, *e) for layer, mask in enumerate(truth) for e in mask[concept].nonzero().tolist()], []
-        for layer, o, i in entries:
-            kept = values[layer][o, i].clone()
-            values[layer][o, i] = 0
-            losses.append(_loss(net, weights, x, y).item())
-            values[layer][o, i] = kept
-        for e in np.argsort(losses, kind="stable")[:max(0, len(entries) - goal)]:
-            layer, o, i = entries[e]
-            truth[layer][:, o, i] = False
+        left = [(layer, o, i) for layer, o, i in costs[concept] if truth[layer][concept, o, i]]       # a block before may have dropped shared ones
+        left.sort(key=lambda e: sum(c.get(e, 0) for c in costs))                                      # a shared one matters to all
+        for layer, o, i in left[:max(0, len(left) - goal)]: truth[layer][:, o, i] = False
     _drop_dead(truth)
 
 # %% ../nbs/34_planted.ipynb #f461bd71
@@ -244,25 +261,26 @@ methods = {
     "ActGrad": _scored(actgrad), "CS, preserve": _learned(objective="preserve", steps=300), "CS, separate": _learned(objective="separate", steps=300),
     "magnitude": _scored(magnitude, images=False), "random": _random}
 
-# %% ../nbs/34_planted.ipynb #589cffa4
+# %% ../nbs/34_planted.ipynb #3a3cccde
 def leaderboard(
     methods: dict[str, Callable],  # name: function (path, unit, own, other, background, keep) that returns a flat bool mask or flat scores
     seeds: Sequence[int] = (0,),  # of the networks
     noises: Sequence[float] = (0., .1, .3, 1.),  # levels at which each network is hidden
     shared: float = 0.,  # as for `grow`
     concepts: int = 2,  # as for `grow`
+    circuits: int = 4,  # look for those of so many concepts of a network, at most
     **how,  # other settings of `grow`
 ) -> list[dict]:  # a row for each method, seed, noise and concept, with its `marks` and seconds
     "Put methods to the test. Networks are shared out by joblib, so `joblib.parallel_config` takes them to other cores or machines."
     from joblib import Parallel, delayed
-    tasks = (delayed(_entries)(methods, seed, noises, shared, concepts, how) for seed in seeds)
+    tasks = (delayed(_entries)(methods, seed, noises, shared, concepts, circuits, how) for seed in seeds)
     return [row for rows in Parallel()(tasks) for row in rows]
 
-def _entries(methods, seed, noises, shared, concepts, how) -> list[dict]:
+def _entries(methods, seed, noises, shared, concepts, circuits, how) -> list[dict]:
     rows = []
     for planted in (hide(grow(seed, concepts, shared, **how), noise) for noise in noises):
         path, about = planted.path, dict(seed=seed, noise=planted.noise, shared=shared, concepts=concepts)
-        for concept, truth in enumerate(planted.truth):
+        for concept, truth in enumerate(planted.truth[:circuits]):
             keep = truth.float().mean().item()
             for name, method in methods.items():
                 start = time.perf_counter()

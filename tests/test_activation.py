@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from safetensors.torch import save
 from scipy import stats
 
 from superpos.activation import Survey, record, strongest_patches, survey
@@ -168,6 +169,12 @@ found.save("{tmp_path}/final.safetensors")
     straight = survey(net, "features.6", bytes_of(40, 40, 40, seed=1), k=7, sample=9, batch=4)
     resumed = Survey.load(tmp_path/"final.safetensors")
     assert resumed.seen == 40 and all(torch.equal(a, b) for a, b in zip(straight._tensors().values(), resumed._tensors().values()))
+
+
+@pytest.mark.parametrize("file", [b"", b"\x80\x04\x95 pickled", save(dict(weight=torch.ones(2)))])
+def test_a_damaged_or_foreign_file_is_not_a_survey(tmp_path, file):
+    (tmp_path/"some.safetensors").write_bytes(file)
+    with pytest.raises(ValueError, match="some.safetensors is not the file of a survey"): Survey.load(tmp_path/"some.safetensors")
 
 
 def test_what_a_survey_refuses(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from superpos.core import (MissingResult, atomic_write, cached, decode, default_device, encode, mean_interval, progress, recall, set_seed,
                            share_interval)
@@ -74,10 +74,12 @@ def test_names_are_file_names(tmp_path, name):
 plain = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False) | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(alphabet="abc", min_size=1), x))
 
 
+@settings(deadline=None)
 @given(plain)
 def test_plain_values_survive(x): assert decode(json.loads(json.dumps(encode(x)))) == x
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(width=32)), st.sampled_from(["float32", "float64", "int64", "bool"]))
 def test_arrays_survive(values, kind):
     with np.errstate(invalid="ignore"): a = np.array(values, "float32").astype(kind)

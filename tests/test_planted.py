@@ -1,9 +1,11 @@
 "Planted networks: the truth is true, the noise is as large as promised, and marks are what they say."
+import copy
+
 import pytest
 import torch
 
 from superpos.circuit import effective, respond
-from superpos.planted import grow, hide, leaderboard, marks, methods
+from superpos.planted import _costs, grow, hide, leaderboard, marks, methods
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,19 @@ def test_every_true_kernel_lies_on_a_path_and_matters(planted):
         whole = respond(planted.path, 0, images, truth, planted.layout)
         for i in truth.nonzero().ravel()[::5]:
             assert not torch.equal(respond(planted.path, 0, images, truth.clone().index_fill(0, i, False), planted.layout), whole)
+
+
+def test_a_kernel_costs_what_the_loss_rises_without_it(blocks):
+    images = torch.cat(blocks.learn)
+    for concept in (0, 1):
+        block, wanted = [mask[concept] for mask in blocks.truth], torch.linspace(0, 1, len(images))
+        loss = lambda net: (net(images)[:, concept].flatten() - wanted).square().mean().item()
+        costs = _costs(blocks.net, block, images, wanted)
+        assert len(costs) == sum(int(mask.sum()) for mask in block)
+        for layer, o, i in list(costs)[::3]:
+            without = copy.deepcopy(blocks.net)
+            [m for m in without if isinstance(m, torch.nn.Conv2d)][layer].weight[o, i] = 0
+            assert costs[layer, o, i] == pytest.approx(loss(without) - loss(blocks.net), abs=1e-5)
 
 
 def test_shared_filters_are_in_every_truth(blocks):
@@ -90,6 +105,7 @@ def test_every_method_can_be_entered(blocks):
     rows = leaderboard(quick | oracle, [5], [0.], .5, steps=40)
     assert len(rows) == 2*7 and [r["iou"] for r in rows if r["method"] == "oracle"][0] == 1
     assert all(r["precision"] == r["recall"] for r in rows if r["method"] not in oracle)
+    assert [r["concept"] for r in leaderboard(oracle, [5], [0.], .5, circuits=1, steps=40)] == [0]
 
 
 @pytest.mark.parametrize("wrong,message", [(dict(concepts=1), "got 1"), (dict(concepts=5), "got 5"), (dict(shared=.6), "got 0.6"), (dict(density=0), "got 0")])

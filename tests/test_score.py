@@ -330,6 +330,7 @@ def test_small_networks_at_every_granularity(name, score, per):
     (lambda path, x: force(path, 1, x, 0), "got 0"), (lambda path, x: force(path, 1, x, 1.5), "got 1.5"), (lambda path, x: iter_snip(path, 1, x, 1e-6), "keeps nothing"),
     (lambda path, x: force(path, 1, x, rounds=0), "rounds must be at least 1, got 0"), (lambda path, x: schedule(5, 6), "kept must be in 1..5, got 6"),
     (lambda path, x: force(path, 1, x*torch.nan), "scores are NaN"), (lambda path, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
+    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 scores are NaN or infinite"),
     (lambda path, x: snip(path, 1, x[..., :-1]), "takes crops of")])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call(*network("chain"))

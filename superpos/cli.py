@@ -46,7 +46,7 @@ def _overview() -> str:
     lines = [f"  {name:<16}{inspect.cleandoc(f.__doc__).splitlines()[0]}" for name, f in _commands().items()]
     return "\n".join(["usage: superpos COMMAND [options]", "", *lines, "", "`superpos COMMAND --help` shows each by example."])
 
-# %% ../nbs/60_cli.ipynb #4dad5f34
+# %% ../nbs/60_cli.ipynb #0e864c4c
 def _sentence(problem: Exception) -> str:
     "An error in one line."
     from superpos.core import MissingResult
@@ -79,6 +79,7 @@ def main(
     debug, as_json, _, _ = (given.pop(k) for k in ("debug", "json", "pdb", "xtra"))
     os.environ.setdefault("MPLBACKEND", "agg")
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = lambda message, category, file, *rest: f"{os.sep}torch" in file or _say(name, str(message), 0)
         try: found = known[name](**given)
         except KeyboardInterrupt: return _say(name, f"stopped; {_kept(name, given.get('out', ''))}", 130)

@@ -29,7 +29,7 @@ def test_two_processes_at_once_compute_once(tmp_path):
     answers, log = context.Queue(), tmp_path/"log"
     both = [context.Process(target=ask, args=(tmp_path/"results", log, answers)) for _ in range(2)]
     for p in both: p.start()
-    found = [answers.get(timeout=30) for _ in both]
+    found = [answers.get(timeout=120) for _ in both]
     for p in both: p.join()
     assert found[0] == found[1] and log.read_text() == "ran\n"
 

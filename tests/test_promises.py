@@ -37,8 +37,8 @@ fork = multiprocessing.get_context("fork")
 # ---- kills
 
 
-def rewrite(file):
-    for n in range(10**9):
+def rewrite(file, first):
+    for n in range(first, 10**9):
         with atomic_write(file) as p: p.write_text(json.dumps([n]*20_000))
 
 
@@ -46,17 +46,19 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
     file, seen, rng = tmp_path/"a.json", set(), np.random.default_rng(0)
     rewritten = file.with_name("first")
     with atomic_write(rewritten) as p: p.write_text("untouched")
-    for _ in range(40):
-        writer = fork.Process(target=rewrite, args=(file,))
+    changed = lambda: file.stat().st_mtime_ns if file.exists() else 0
+    for turn in range(40):
+        before = changed()
+        writer = fork.Process(target=rewrite, args=(file, 1000*turn))
         writer.start()
-        time.sleep(rng.uniform(.005, .06))
+        while writer.is_alive() and changed() == before: time.sleep(.001)
+        time.sleep(rng.uniform(0, .03))
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
-        if file.exists():
-            numbers = json.loads(file.read_text())
-            assert len(numbers) == 20_000 and len(set(numbers)) == 1
-            seen.add(numbers[0])
-    assert len(seen) > 3 and rewritten.read_text() == "untouched"
+        numbers = json.loads(file.read_text())
+        assert len(numbers) == 20_000 and len(set(numbers)) == 1
+        seen.add(numbers[0])
+    assert len(seen) == 40 and rewritten.read_text() == "untouched"
     assert all(p.name.startswith(".a.json.") for p in tmp_path.iterdir() if p not in (file, rewritten)), "what a kill leaves is hidden and named after its file"
 
 

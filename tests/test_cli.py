@@ -402,7 +402,8 @@ def test_what_pages_need():
 
 def superpos(line, **how):
     env = os.environ | dict(PYTHONPATH=str(Path(cli.__file__).parent.parent), OMP_NUM_THREADS="1")
-    return subprocess.Popen([sys.executable, "-m", "superpos.cli", *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **how)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # what runs in the background of a shell ignores Ctrl-C
+    return subprocess.Popen([sys.executable, "-m", "superpos.cli", *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard, **how)
 
 
 def test_interrupted_dissection_goes_on(said, place):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-# %% ../nbs/70_book.ipynb #261cca43
+# %% ../nbs/70_book.ipynb #6946a93d
 class NotebookError(RuntimeError):
     "A cell failed. The message names the notebook, the cell and the error."
 
@@ -29,7 +29,10 @@ def _short_traceback(error: BaseException) -> str:
     where = [f"  {file}{f.name}, line {f.lineno}: {f.line}" for file, f in zip(files, calls)]
     return "\n".join([*where[-4:], "".join(traceback.format_exception_only(error)).rstrip()])
 
-# %% ../nbs/70_book.ipynb #0c2e016d
+def _hint(error: BaseException) -> str:
+    return "\nA page asserts what it says. Where a number was changed on purpose, change what is said of it too; `make lab` shows the figures in either case." if isinstance(error, AssertionError) else ""
+
+# %% ../nbs/70_book.ipynb #79d7e1de
 def run_notebook(
     path: str | Path,  # of the notebook, which is rewritten in place if every cell succeeds
     flags: Sequence[str] = ("slow", "gpu"),  # cells with one of these directives are not run and lose their outputs
@@ -48,7 +51,7 @@ def run_notebook(
         if _skipped(cell.directives_, flags): continue
         print(where := f"cell {number} of {len(nb.cells)} (`{_first_line(cell.source)}`)", flush=True)
         shell.cell(cell)
-        if shell.exc: raise NotebookError(f"{path.name}, {where}: {type(shell.exc).__name__}\n{_short_traceback(shell.exc)}")
+        if shell.exc: raise NotebookError(f"{path.name}, {where}: {type(shell.exc).__name__}\n{_short_traceback(shell.exc)}{_hint(shell.exc)}")
     clean_nb(nb)
     if path.read_bytes() != before: raise NotebookError(f"{path.name} was changed while it was running; run it again")
     write_nb(nb, path)

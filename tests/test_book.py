@@ -88,6 +88,12 @@ def test_failure_names_notebook_cell_and_error(project):
     assert (project/"nbs"/"07_sums.ipynb").read_bytes() == before
 
 
+def test_a_claim_that_no_longer_holds_says_what_to_do(project):
+    write(project/"nbs"/"00_a.ipynb", "density = .6", "assert density < .5")
+    said = failure(project)
+    assert "cell 2 of 2 (`assert density < .5`): AssertionError" in said and "`make lab` shows the figures" in said
+
+
 def test_syntax_error_is_a_failure(project):
     write(project/"nbs"/"00_a.ipynb", "x = = 1")
     assert "cell 1 of 1 (`x = = 1`): SyntaxError" in failure(project)

@@ -899,7 +899,7 @@ def _run_page(page: str) -> dict:
     changed = [p.name for p in results_dir().glob("*.json") if before.get(p.name) != p.stat().st_mtime_ns]
     return dict(page=page, results=len(changed), files=", ".join(sorted(changed)) or "none changed")
 
-# %% ../nbs/60_cli.ipynb #d5e26e05
+# %% ../nbs/60_cli.ipynb #2915257c
 _sets = {  # name: the folders it may be in, and how to get it
     "cifar10": (("cifar-10-batches-py", "cifar-10-batches-bin"), "superpos data fetch cifar10"),
     "tiny_imagenet": (("tiny-imagenet-200",), "superpos data fetch tiny_imagenet"),
@@ -964,12 +964,9 @@ def _checks(name: str, place: Path) -> str:
     return "; ".join(f"{p.name}: {_tensors(p):,} finite tensors" for p in progress(files, "checking weights"))
 
 def _tensors(path: Path) -> int:
-    "How many tensors a file of weights holds; raises `ValueError` if one is not finite or the file cannot be read."
-    import torch
-    from safetensors.torch import load_file
-    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem: raise ValueError(f"{path} cannot be read as weights ({type(problem).__name__})") from problem
-    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]: raise ValueError(f"{path} holds values that are not finite, in {bad[0]}")
+    "How many tensors a file of weights holds, if it can be read and all are finite."
+    from superpos.model import _check_finite, _read_file
+    _check_finite(state := _read_file(path), path)
     return len(state)
 
 def do_data_check() -> dict:  # how many sets were looked at, and what is in each

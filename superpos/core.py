@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['verdicts', 'set_seed', 'deterministic', 'default_device', 'progress', 'atomic_write', 'cache_dir', 'results_dir',
            'encode', 'decode', 'provenance', 'Result', 'MissingResult', 'recall', 'cached', 'mean_interval',
-           'share_interval', 'Finding', 'judge', 'conclude', 'findings']
+           'share_interval', 'holm', 'Finding', 'judge', 'conclude', 'findings']
 
-# %% ../nbs/00_core.ipynb #d5da34b6
-import contextlib, dataclasses, datetime, hashlib, json, os, platform, random, tempfile, time, warnings
+# %% ../nbs/00_core.ipynb #fccd1b4e
+import contextlib, dataclasses, datetime, hashlib, json, os, platform, random, tempfile, threading, time, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -63,7 +63,9 @@ def progress(
     quiet = True if os.environ.get("SUPERPOS_QUIET") else not issubclass(tqdm, notebook_bar) and None
     return tqdm(items, desc=what, total=total, disable=quiet)
 
-# %% ../nbs/00_core.ipynb #2eff9f9c
+# %% ../nbs/00_core.ipynb #c9633b74
+_asking = threading.Lock()  # the umask can only be read by setting it, for all threads at once
+
 @contextlib.contextmanager
 def atomic_write(
     path: str | Path,  # the final name; its folder is made if need be
@@ -75,7 +77,7 @@ def atomic_write(
     os.close(handle)
     try:
         yield Path(temporary)
-        umask = os.umask(0); os.umask(umask)
+        with _asking: umask = os.umask(0); os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except OSError as problem:
@@ -214,7 +216,7 @@ def cached(
             p.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
     return Result(name, params, record["provenance"], decode(value))
 
-# %% ../nbs/00_core.ipynb #f484c6ba
+# %% ../nbs/00_core.ipynb #a9563848
 def mean_interval(
     values: Sequence[float],  # one for each seed
 ) -> tuple[float, float, float]:  # mean, and the two ends of its 95 % interval
@@ -231,6 +233,15 @@ def share_interval(
     "A share, by the binomial test of Clopper and Pearson (1934)."
     test = stats.binomtest(int(np.sum(hits)), int(np.size(hits) if of is None else of))
     return test.statistic, *test.proportion_ci()
+
+def holm(
+    p: Sequence[float],  # p values of tests that are looked at together
+) -> np.ndarray:  # in the same order
+    "Adjusted p values, by the step-down method of Holm (1979)."
+    p = np.asarray(p, float)
+    order, adjusted = p.argsort(), np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate((p[order]*np.arange(len(p), 0, -1)).clip(max=1))
+    return adjusted
 
 # %% ../nbs/00_core.ipynb #d3e4a635
 verdicts = "holds", "holds in part", "does not hold", "cannot be decided at this scale"

@@ -146,7 +146,7 @@ def outputs(
     if missing := set(names) - set(found): raise ValueError(f"the forward pass never reached {', '.join(sorted(missing))}")
     return found
 
-# %% ../nbs/04_model.ipynb #0c2fafb7
+# %% ../nbs/04_model.ipynb #6d2459ff
 def load_model(
     name: str,  # of a torchvision classification network, such as `alexnet`
     weights: str | Path | None = None,  # `IMAGENET1K_V1`, `DEFAULT`, a `.safetensors` or `.pth` file; None: random
@@ -163,16 +163,23 @@ def load_model(
     if is_file: _load_file(model, Path(weights))
     return model.eval().requires_grad_(False)
 
-def _load_file(model: nn.Module, path: Path) -> None:
+def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    "The tensors of a file of weights, by their names."
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file of weights")
     from safetensors.torch import load_file
     try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem: raise ValueError(f"{path.name} cannot be read as plain weights, and nothing else is loaded ({type(problem).__name__})") from problem
     if not isinstance(state, dict): raise ValueError(f"{path.name} holds a {type(state).__name__}, not tensors by their names")
-    own = model.state_dict()
+    return state
+
+def _check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
+    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]: raise ValueError(f"{path.name} holds values that are not finite, in {', '.join(bad[:3])}")
+
+def _load_file(model: nn.Module, path: Path) -> None:
+    state, own = _read_file(path), model.state_dict()
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
     if wrong: raise ValueError(f"{path.name} does not fit {type(model).__name__}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} not there or of another shape")
-    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]: raise ValueError(f"{path.name} holds values that are not finite, in {', '.join(bad[:3])}")
+    _check_finite(state, path)
     missing = model.load_state_dict(state, strict=False).missing_keys
     if missing: warnings.warn(f"{path.name} covers {len(state)} of {len(own)} tensors; these keep random values: {', '.join(missing)}", stacklevel=3)
 

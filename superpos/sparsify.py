@@ -189,7 +189,7 @@ class Learned:
         if self.gap >= largest_gap: raise RuntimeError(f"the hard mask's response differs by {self.gap:.2f} deviations from the soft one's; train for more steps")
         return self
 
-# %% ../nbs/32_sparsify.ipynb #2687851c
+# %% ../nbs/32_sparsify.ipynb #23092ad2
 _look = 10  # steps between two looks at the trace
 
 def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form: Callable | None = None, resume: str | Path | None = None, every: float = 30., stop: threading.Event | None = None) -> Learned | None:
@@ -217,7 +217,7 @@ def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form
             saved = time.monotonic()
         if over: break
     mask, values = form.after(logits.detach())
-    gap = _gap(path, unit, reference, *(layout.apply(m, weights) for m in (mask, values)))
+    gap = _gap(path, unit, reference, layout, mask, values)
     return Learned(mask, layout, unsure(values).item(), gap, *trace[:done].cpu().numpy().T, recipe)
 
 def _loss(path, unit, reference, index, weights, objective) -> torch.Tensor:
@@ -232,22 +232,19 @@ def _finished(trace: torch.Tensor, recipe: Recipe, form) -> bool:
     if not n or len(loss) < 2*n or not form.may_stop(len(loss) - n): return False
     return bool(trace[-1, 2] < .01 and loss[-n:].mean() > .99*loss[-2*n:-n].mean())
 
-@torch.no_grad()
-def _gap(path, unit, reference, rounded, trained) -> float:
+def _gap(path, unit, reference, layout, rounded, trained) -> float:
     "How much rounding changed the response on own training images, in deviations."
-    y = [torch.cat([path(x, weights, unit) for x in reference.groups[0].split(64)]) for weights in (rounded, trained)]
+    y = [respond(path, unit, reference.groups[0], mask, layout) for mask in (rounded, trained)]
     return ((y[0] - y[1]).abs().mean()/reference.level.variance.sqrt()).item()
 
-# %% ../nbs/32_sparsify.ipynb #5eb87764
+# %% ../nbs/32_sparsify.ipynb #079be0c6
 def _asked(path: Pathway, unit: int, reference: _Reference, recipe: Recipe) -> dict:
     images = hashlib.sha256("".join(d for group in reference.groups for d in _digests(group)).encode()).hexdigest()[:16]
     settings = {f"recipe.{name}": list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()}
     return dict(unit=f"{path.layer}:{unit}", position=list(path.position), weights=fingerprint(path.model), images=images, **settings)
 
-_writing = threading.Lock()
-
 def _save(file: str | Path, state: dict) -> None:
-    with _writing, atomic_write(file) as temporary: torch.save(state, temporary)
+    with atomic_write(file) as temporary: torch.save(state, temporary)
 
 def _restore(file: str | Path | None, asked: dict, logits: torch.Tensor, optimiser: torch.optim.Optimizer, trace: torch.Tensor) -> tuple[int, bool]:
     "Put the state of a file in place; returns the steps done, and whether that was all."

@@ -51,11 +51,11 @@ def default_device() -> torch.device:  # where tensors and models should go
         raise ValueError(f"SUPERPOS_DEVICE={wanted}: not available here; there is {', '.join(k for k, ok in have.items() if ok)}")
     return torch.device(wanted)
 
-# %% ../nbs/00_core.ipynb #e4cc48f1
+# %% ../nbs/00_core.ipynb #15800632
 def progress(
     items: Iterable,  # what to go through
     what: str = "",  # a few words in front of the bar
-    total: int | None = None,  # number of items, where `items` has no length
+    total: int | None = None,  # number of items that are expected; by default the length of `items`
 ) -> Iterable:  # the same items
     "`items`, with a tqdm progress bar where somebody is watching."
     from tqdm.auto import tqdm

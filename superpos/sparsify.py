@@ -50,14 +50,14 @@ def preserve(
 
 objectives = dict(separate=separate, preserve=preserve)
 
-# %% ../nbs/32_sparsify.ipynb #0386ba4b
+# %% ../nbs/32_sparsify.ipynb #94b2c434
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     "How a mask is trained."
     keep: float | None = .05  # fraction of the relevant parameters in the final mask; None: where it settles
     objective: str = "preserve"  # "preserve" or "separate"
     per: str = "kernel"  # what is kept or dropped as one: "weight", "kernel", "filter" or "channel"
-    steps: int = 100  # of the optimiser, at most
+    steps: int = 100  # of the optimiser; with a target, up to twice as many where the mask is undecided after them
     batch: tuple[int, int, int] = (12, 12, 16)  # images of own, other and background in a step
     rate: float = .05  # learning rate, in logits per step for Adam
     optimiser: str = "adam"  # "adam" or "sgd"
@@ -90,10 +90,12 @@ class Recipe:
 optimisers = dict(adam=lambda logits, rate: torch.optim.Adam([logits], lr=rate, betas=(.9, .95), eps=1e-12),
                   sgd=lambda logits, rate: torch.optim.SGD([logits], lr=rate, momentum=.9))
 
-# %% ../nbs/32_sparsify.ipynb #f5495aa6
+# %% ../nbs/32_sparsify.ipynb #de33186c
 class _Exact:
     "A given number of entries is above the threshold."
-    def __init__(self, recipe: Recipe, total: int): self.recipe, self.total, self.target = recipe, total, check_keep(recipe.keep, total)
+    def __init__(self, recipe: Recipe, total: int):
+        self.recipe, self.total, self.target = recipe, total, check_keep(recipe.keep, total)
+        self.most = 2*recipe.steps
 
     def count(self, step: int) -> int:
         done = min(1, step/(self.recipe.reach*self.recipe.steps))
@@ -104,8 +106,9 @@ class _Exact:
         if mask.requires_grad: mask.register_hook(lambda gradient: _less_price(gradient, mask.detach()))
         return mask, 0.
 
-    def after(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # hard, and what it is the limit of
-        return keep_top(logits, self.recipe.keep), soft(logits - _threshold(logits, self.target), self.recipe.beta)
+    def after(self, logits: torch.Tensor, done: int) -> tuple[torch.Tensor, torch.Tensor]:  # hard, and what it is the limit of
+        beta = self.recipe.beta_at(max(done, self.recipe.steps) - 1)
+        return keep_top(logits, self.recipe.keep), soft(logits - _threshold(logits, self.target), beta)
 
     def may_stop(self, step: int) -> bool: return self.count(step) == self.target
 
@@ -121,7 +124,7 @@ def _threshold(logits: torch.Tensor, kept: int) -> torch.Tensor:
 
 class _Free:
     "Each entry has its price."
-    def __init__(self, recipe: Recipe, total: int): self.recipe = recipe
+    def __init__(self, recipe: Recipe, total: int): self.recipe, self.most = recipe, recipe.steps
 
     def during(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | float]:
         if self.recipe.gate == "soft":
@@ -131,12 +134,12 @@ class _Free:
         noise = torch.rand(logits.shape, generator=generator, device=logits.device)
         return hard_concrete(logits, noise), self.recipe.penalty*open_chance(logits).sum()
 
-    def after(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def after(self, logits: torch.Tensor, done: int) -> tuple[torch.Tensor, torch.Tensor]:
         return hard(logits), soft(logits, self.recipe.beta) if self.recipe.gate == "soft" else hard_concrete(logits)
 
     def may_stop(self, step: int) -> bool: return True
 
-# %% ../nbs/32_sparsify.ipynb #feed20b6
+# %% ../nbs/32_sparsify.ipynb #3ee567f1
 @dataclasses.dataclass(frozen=True)
 class _Reference:
     "The images of a training, and the whole network's responses to them."
@@ -160,19 +163,19 @@ def _reference(path: Pathway, unit: int, groups: Sequence[torch.Tensor], whole: 
         raise ValueError(f"{len(both)} images are in 'own' and in 'other' (the first is image {both[0]} of 'own'); clusters must not overlap")
     return _Reference(tuple(groups), tuple(whole), level)
 
-def _batches(reference: _Reference, recipe: Recipe) -> list[torch.Tensor]:  # indices of each group, (steps, images)
+def _batches(reference: _Reference, recipe: Recipe, steps: int) -> list[torch.Tensor]:  # indices of each group, (steps, images)
     "Which images each step sees, drawn beforehand."
     generator, groups = torch.Generator().manual_seed(recipe.seed), reference.groups
-    drawn = [[torch.randperm(len(images), generator=generator)[:n] for images, n in zip(groups, recipe.batch)] for _ in range(recipe.steps)]
+    drawn = [[torch.randperm(len(images), generator=generator)[:n] for images, n in zip(groups, recipe.batch)] for _ in range(steps)]
     return [torch.stack(column).to(groups[0].device) for column in zip(*drawn)]
 
-# %% ../nbs/32_sparsify.ipynb #c429f61f
+# %% ../nbs/32_sparsify.ipynb #af7548a4
 @dataclasses.dataclass(frozen=True)
 class Learned:
     "A learned mask, and how well it ended."
     mask: torch.Tensor  # bool, flat, in `layout`
     layout: Layout  # of the mask
-    undecided: float  # fraction of the soft mask in 0.01..0.99 at the end; entries whose weights are zero do not count
+    undecided: float  # fraction of the soft mask in 0.01..0.99 at the end; weights of zero, and exact ties, do not count
     gap: float  # mean absolute difference of the unit's response on own training images, hard against soft, in `Level` deviations
     loss: np.ndarray  # at each step, without the price, (steps,)
     kept: np.ndarray  # the soft mask's mean at each step, (steps,)
@@ -189,36 +192,37 @@ class Learned:
         if self.gap >= largest_gap: raise RuntimeError(f"the hard mask's response differs by {self.gap:.2f} deviations from the soft one's; train for more steps")
         return self
 
-# %% ../nbs/32_sparsify.ipynb #23092ad2
+# %% ../nbs/32_sparsify.ipynb #ea4395b2
 _look = 10  # steps between two looks at the trace
 
 def _train(path: Pathway, unit: int, reference: _Reference, recipe: Recipe, form: Callable | None = None, resume: str | Path | None = None, every: float = 30., stop: threading.Event | None = None) -> Learned | None:
     weights, layout = relevant_weights(path, unit), Layout.of(path, unit, recipe.per)
     form = (form or (_Free if recipe.keep is None else _Exact))(recipe, len(layout))
     logits = torch.full((len(layout),), float(recipe.start), device=reference.groups[0].device, requires_grad=True)
-    optimiser, batches = optimisers[recipe.optimiser](logits, recipe.rate), _batches(reference, recipe)
-    trace = torch.full((recipe.steps, 3), math.nan, device=logits.device)  # loss, kept, undecided
+    optimiser, batches = optimisers[recipe.optimiser](logits, recipe.rate), _batches(reference, recipe, form.most)
+    trace = torch.full((form.most, 3), math.nan, device=logits.device)  # loss, kept, undecided
     asked = _asked(path, unit, reference, recipe) if resume else None
     matter = layout.flatten({name: gather(w.abs(), recipe.per) for name, w in weights.items()}) > 0
     unsure = lambda values: between(values*matter)*(len(layout)/matter.sum())
+    left = lambda values: unsure(values*(values != .5)).item()  # of entries that are equal to the last bit, the order decides
     done, over = _restore(resume, asked, logits, optimiser, trace)
     saved = time.monotonic()
-    for step in progress(range(done, 0 if over else recipe.steps), f"circuit of {path.layer}:{unit}"):
+    for step in progress(range(done, 0 if over else form.most), f"circuit of {path.layer}:{unit}", recipe.steps):
         if stop and stop.is_set(): return None
         mask, price = form.during(logits, step)
         loss = _loss(path, unit, reference, [b[step] for b in batches], layout.apply(mask, weights), recipe.objective)
         optimiser.zero_grad(); (loss + price).backward(); optimiser.step()
         trace[step] = torch.stack([loss.detach(), mask.detach().mean(), unsure(mask.detach())])
         done = step + 1
-        if done % _look and done < recipe.steps: continue
-        over = _finished(trace[:done].cpu(), recipe, form) or done == recipe.steps
+        if done % _look and done not in (recipe.steps, form.most): continue
+        over = _finished(trace[:done].cpu(), recipe, form) or done == form.most or done >= recipe.steps and left(form.after(logits.detach(), done)[1]) < .01
         if resume and (over or time.monotonic() - saved >= every):
-            _save(resume, dict(asked=asked, done=done, over=over, logits=logits.detach(), optimiser=optimiser.state_dict(), trace=trace))
+            _save(resume, dict(asked=asked, done=done, over=over, logits=logits.detach(), optimiser=optimiser.state_dict(), trace=trace[:done]))
             saved = time.monotonic()
         if over: break
-    mask, values = form.after(logits.detach())
+    mask, values = form.after(logits.detach(), done)
     gap = _gap(path, unit, reference, layout, mask, values)
-    return Learned(mask, layout, unsure(values).item(), gap, *trace[:done].cpu().numpy().T, recipe)
+    return Learned(mask, layout, left(values), gap, *trace[:done].cpu().numpy().T, recipe)
 
 def _loss(path, unit, reference, index, weights, objective) -> torch.Tensor:
     "The objective on one batch."
@@ -237,7 +241,7 @@ def _gap(path, unit, reference, layout, rounded, trained) -> float:
     y = [respond(path, unit, reference.groups[0], mask, layout) for mask in (rounded, trained)]
     return ((y[0] - y[1]).abs().mean()/reference.level.variance.sqrt()).item()
 
-# %% ../nbs/32_sparsify.ipynb #079be0c6
+# %% ../nbs/32_sparsify.ipynb #3a56739e
 def _asked(path: Pathway, unit: int, reference: _Reference, recipe: Recipe) -> dict:
     images = hashlib.sha256("".join(d for group in reference.groups for d in _digests(group)).encode()).hexdigest()[:16]
     settings = {f"recipe.{name}": list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()}
@@ -254,7 +258,7 @@ def _restore(file: str | Path | None, asked: dict, logits: torch.Tensor, optimis
     found = state.get("asked", {}) if isinstance(state, dict) else {}
     if other := [name for name in asked if found.get(name) != asked[name]]:
         raise ValueError(f"{file} holds a training with {other[0]} = {found.get(other[0])}, asked for is {asked[other[0]]}; give another file, or remove this one")
-    with torch.no_grad(): logits.copy_(state["logits"]); trace.copy_(state["trace"])
+    with torch.no_grad(): logits.copy_(state["logits"]); trace[:state["done"]] = state["trace"]
     optimiser.load_state_dict(state["optimiser"])
     return state["done"], state["over"]
 

@@ -1,10 +1,14 @@
-"Eight masks of AlexNet's `features.10` in one job, against eight jobs; one after the other against all at once in grouped convolutions."
+"Eight masks of AlexNet's `features.10` in one job, against eight jobs, as functions and as commands; one after the other against all at once in grouped convolutions."
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from turns import interleaved
 
 from superpos.field import pathway
@@ -46,6 +50,29 @@ def test_eight_masks_in_one_job(benchmark, setting, threads):
     benchmark.pedantic(one, rounds=1)
     assert seconds["one job"] < seconds["eight jobs"]*(1 if threads > 1 else 1.1)
 
+
+def test_eight_masks_by_one_command(benchmark, tmp_path):
+    "Eight sizes, 560 images, a hundred steps each, by `superpos sparsify`: with start, reading of images and cards, all that somebody waits for. Every core is used by both."
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path/"alexnet.pth")
+    rng = np.random.default_rng(0)
+    for name, count in dict(own=140, other=140, background=280).items():
+        (tmp_path/name).mkdir()
+        for i in range(count): Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(tmp_path/name/f"{i:03}.png")
+    groups = [word for name in ("own", "other", "background") for word in (f"--{name}", name)]
+    def frontier(keeps, out):
+        command = [sys.executable, "-m", "superpos.cli", "sparsify", "--model", "alexnet", "--weights", "alexnet.pth", "--unit", "features.10:9", *groups,
+                   "--size", "224", "--seeds", "1", "--keeps", ",".join(keeps), "--out", out]
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        start = time.perf_counter()
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return time.perf_counter() - start
+    keeps = ".01 .015 .02 .03 .05 .1 .2 .5".split()
+    eight = sum(frontier([keep], f"keep {keep}") for keep in keeps)
+    one = benchmark.pedantic(frontier, args=(keeps, "all"), rounds=1)
+    benchmark.extra_info["one command"] = f"{one/eight:.2f} of the time of eight commands"
+    print(f"\n  eight masks by one command: {benchmark.extra_info['one command']} ({one:.0f} s against {eight:.0f} s)", end="")
+    assert one < eight
 
 def test_masks_in_turn_against_grouped_convolutions(benchmark, setting):
     path, own, other, background = setting

@@ -18,6 +18,7 @@ site: $(ready)
 	@$(run) superpos.book check
 
 test: $(ready)
+	@$(run) ruff check
 	@$(run) pytest
 
 lab: $(ready)

@@ -8,7 +8,11 @@ __all__ = ['strategies', 'Pool', 'strategy', 'by_score', 'largest', 'query', 'ch
            'consensus_entropy', 'mean_kl', 'bald', 'mc_dropout', 'core_set', 'badge', 'typiclust']
 
 # %% ../nbs/40_acquire.ipynb #7e152336
-import dataclasses, difflib, functools, itertools, warnings
+import dataclasses
+import difflib
+import functools
+import itertools
+import warnings
 from collections.abc import Callable
 
 # %% ../nbs/40_acquire.ipynb #ac8e8dac
@@ -27,19 +31,27 @@ class Pool:
 
     def __post_init__(self):
         if self.logits.ndim not in (2, 3) or self.logits.shape[-1] < 2:
-            raise ValueError(f"logits have shape (N, C) or (M, N, C) with C of at least 2, got {tuple(self.logits.shape)}")
+            raise ValueError("logits have shape (N, C) or (M, N, C) with C of at least 2, got "
+                             f"{tuple(self.logits.shape)}")
         wide = () if self.features is None else self.features.shape[1:]
-        for name, shape in dict(features=(len(self), *wide), known=(None, *wide), labels=(len(self),)).items(): self._check(name, shape)
+        for name, shape in dict(features=(len(self), *wide), known=(None, *wide),
+                                labels=(len(self),)).items():
+            self._check(name, shape)
         self._check("logits", self.logits.shape)
-        if self.labels is not None and len(self) and not 0 <= self.labels.min() <= self.labels.max() < self.classes:
-            raise ValueError(f"labels must lie in 0..{self.classes - 1}, got {self.labels.min()}..{self.labels.max()}")
+        if (self.labels is not None and len(self)
+            and not 0 <= self.labels.min() <= self.labels.max() < self.classes):
+            raise ValueError(f"labels must lie in 0..{self.classes - 1}, got "
+                             f"{self.labels.min()}..{self.labels.max()}")
 
     def _check(self, name: str, shape: tuple) -> None:
         if (x := getattr(self, name)) is None: return
         if x.ndim != len(shape) or any(m not in (n, None) for n, m in zip(x.shape, shape)):
-            raise ValueError(f"{name} must have shape {tuple('any' if m is None else m for m in shape)} for this pool, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must have shape "
+                             f"{tuple('any' if m is None else m for m in shape)} for this pool, "
+                             f"got {tuple(x.shape)}")
         if bad := x.numel() - x.isfinite().sum().item():
-            raise ValueError(f"{bad:,} of the {x.numel():,} {name} are not finite, so nothing can be chosen by them; look for what broke the training")
+            raise ValueError(f"{bad:,} of the {x.numel():,} {name} are not finite, so nothing can "
+                             "be chosen by them; look for what broke the training")
 
     def __len__(self) -> int: return self.logits.shape[-2]
 
@@ -65,10 +77,12 @@ class Pool:
         if self.features is None or self.features.shape[1] <= dims: return self
         x = self.features.float()
         onto = torch.linalg.eigh(x.T @ x).eigenvectors[:, -dims:]
-        return dataclasses.replace(self, features=x @ onto, known=None if self.known is None else self.known.float() @ onto)
+        return dataclasses.replace(self, features=x @ onto, known=None if self.known is None
+                                   else self.known.float() @ onto)
 
 # %% ../nbs/40_acquire.ipynb #79ee7df1
-strategies: dict[str, Callable] = {}  # name: function of a pool, a count and a torch.Generator that gives the rows to ask
+# name: function of a pool, a count and a torch.Generator that gives the rows to ask
+strategies: dict[str, Callable] = {}
 
 def strategy(
     *needs: str,  # what the pool must hold: "committee", "features", "known" (used where it is there) or "labels"
@@ -108,14 +122,20 @@ def query(
     "The images that a strategy wants labelled."
     if isinstance(by, str) and by not in strategies:
         near = difflib.get_close_matches(by, strategies, cutoff=.3)
-        raise ValueError(f"there is no strategy '{by}'; the nearest names are {', '.join(near or strategies)}")
+        raise ValueError(f"there is no strategy '{by}'; the nearest names are "
+                         f"{', '.join(near or strategies)}")
     fn = strategies[by] if isinstance(by, str) else by
     check_count(count, len(pool))
     for need in getattr(fn, "needs", ()):
-        if need == "committee" and pool.logits.ndim == 2: raise ValueError(f"'{fn.__name__}' needs a committee: logits of shape (M, N, C), got {tuple(pool.logits.shape)}")
-        if need in ("features", "labels") and getattr(pool, need) is None: raise ValueError(f"'{fn.__name__}' needs {need}, and this pool has none; give it Pool(..., {need}=...)")
+        if need == "committee" and pool.logits.ndim == 2:
+            raise ValueError(f"'{fn.__name__}' needs a committee: logits of shape (M, N, C), got "
+                             f"{tuple(pool.logits.shape)}")
+        if need in ("features", "labels") and getattr(pool, need) is None:
+            raise ValueError(f"'{fn.__name__}' needs {need}, and this pool has none; give it "
+                             f"Pool(..., {need}=...)")
     rows = check_rows(fn(pool, count, torch.Generator().manual_seed(seed)), len(pool))
-    if len(rows) != count: raise ValueError(f"'{fn.__name__}' chose {len(rows)} images where {count} were asked for")
+    if len(rows) != count:
+        raise ValueError(f"'{fn.__name__}' chose {len(rows)} images where {count} were asked for")
     return rows
 
 def check_count(
@@ -123,7 +143,8 @@ def check_count(
     size: int,  # images there are
 ) -> None:
     "Raise `ValueError` unless so many can be asked for."
-    if not (isinstance(count, int) and 1 <= count <= size): raise ValueError(f"asked for {count} images of a pool of {size}; ask for 1..{size}")
+    if not (isinstance(count, int) and 1 <= count <= size):
+        raise ValueError(f"asked for {count} images of a pool of {size}; ask for 1..{size}")
 
 def check_rows(
     rows,  # integers
@@ -131,10 +152,14 @@ def check_rows(
 ) -> torch.Tensor:  # int64, on the CPU
     "The rows as a tensor; raises `ValueError` if one is out of range or there twice."
     rows = torch.as_tensor(rows).cpu()
-    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool: raise ValueError(f"rows are a list of integers, got {rows.dtype} of shape {tuple(rows.shape)}")
-    if len(wrong := rows[(rows < 0) | (rows >= size)]): raise ValueError(f"row {wrong[0]} is out of range; a pool of {size} has rows 0..{size - 1}")
+    if rows.ndim != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+        raise ValueError(f"rows are a list of integers, got {rows.dtype} of shape "
+                         f"{tuple(rows.shape)}")
+    if len(wrong := rows[(rows < 0) | (rows >= size)]):
+        raise ValueError(f"row {wrong[0]} is out of range; a pool of {size} has rows 0..{size - 1}")
     found, times = rows.unique(return_counts=True)
-    if len(twice := found[times > 1]): raise ValueError(f"row {twice[0]} is there {times.max()} times; a row can be asked once")
+    if len(twice := found[times > 1]):
+        raise ValueError(f"row {twice[0]} is there {times.max()} times; a row can be asked once")
     return rows.long()
 
 # %% ../nbs/40_acquire.ipynb #79ea314f
@@ -208,7 +233,8 @@ def stream(
     step: float = .01,  # by which the threshold falls or rises, as a fraction of it
 ) -> torch.Tensor:  # (count,) rows, in the order of asking
     "One look at each image in random order; ask where confidence is below a threshold that adapts."
-    order, confidence = torch.randperm(len(pool), generator=rng).tolist(), (1 - least_confidence(pool)).tolist()
+    order = torch.randperm(len(pool), generator=rng).tolist()
+    confidence = (1 - least_confidence(pool)).tolist()
     threshold, asked = 1., []
     for seen, row in enumerate(order):
         left, due = count - len(asked), len(asked)*len(order) < count*(seen + 1)
@@ -257,7 +283,8 @@ def mc_dropout(
     seed: int = 0,  # of what is dropped
 ) -> torch.Tensor:  # (members, N, C), logits for a pool
     "A committee by dropout before the head, without another pass through the network."
-    if not 0 < rate < 1: raise ValueError(f"a committee by dropout needs a rate between 0 and 1, got {rate}")
+    if not 0 < rate < 1:
+        raise ValueError(f"a committee by dropout needs a rate between 0 and 1, got {rate}")
     rng = torch.Generator(features.device).manual_seed(seed)
     kept = lambda: torch.rand(features.shape, generator=rng, device=features.device) >= rate
     return torch.stack([head(features*kept()/(1 - rate)) for _ in range(members)])
@@ -265,7 +292,8 @@ def mc_dropout(
 # %% ../nbs/40_acquire.ipynb #95217054
 def _gaps(x: torch.Tensor, centres: torch.Tensor, block: int = 1024) -> torch.Tensor:  # (N,)
     "Squared distance of every row of `x` to the nearest centre."
-    with_one, nearest = F.pad(x, (0, 1), value=1.), torch.full((len(x),), torch.inf, device=x.device)
+    with_one = F.pad(x, (0, 1), value=1.)
+    nearest = torch.full((len(x),), torch.inf, device=x.device)
     for part in centres.split(block):
         onto = torch.cat([-2*part, part.square().sum(-1, keepdim=True)], 1).T
         for start in range(0, len(x), block):  # small enough for the processor's cache
@@ -342,10 +370,12 @@ def badge(
         centres = -2*g[0][new], g[1][new]
         for start in range(0, len(pool), 1024):
             rows = slice(start, start + 1024)
-            found = _products((g[0][rows], g[1][rows]), centres).add_(sizes[new]).amin(1) + sizes[rows]
+            found = (_products((g[0][rows], g[1][rows]), centres).add_(sizes[new]).amin(1)
+                     + sizes[rows])
             gaps[rows] = torch.minimum(gaps[rows], found)
         gaps = gaps.clamp_(min=0).index_fill_(0, torch.tensor(chosen), 0)
-        if not gaps.any(): return torch.cat([torch.tensor(chosen), _others(len(pool), chosen, rng)])[:count]
+        if not gaps.any():
+            return torch.cat([torch.tensor(chosen), _others(len(pool), chosen, rng)])[:count]
         drawn = _draw(gaps, block, rng)
         these = g[0][drawn], g[1][drawn]
         between = (sizes[drawn, None] + sizes[drawn] - 2*_products(these, these)).clamp_(min=0)
@@ -357,7 +387,8 @@ def badge(
 def _draw(weights: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
     "Independent draws of rows, with probability proportional to their weights."
     edges = weights.double().cumsum(0)
-    return torch.searchsorted(edges, torch.rand(count, generator=rng, dtype=torch.double)*edges[-1], right=True).clamp_(max=len(weights) - 1)
+    return torch.searchsorted(edges, torch.rand(count, generator=rng, dtype=torch.double)*edges[-1],
+                              right=True).clamp_(max=len(weights) - 1)
 
 def _others(size: int, chosen: list[int], rng: torch.Generator) -> torch.Tensor:
     "All rows but those chosen, in random order."
@@ -370,16 +401,20 @@ def _groups(x: np.ndarray, count: int, rng: torch.Generator) -> np.ndarray:  # (
     from sklearn.exceptions import ConvergenceWarning
     seed = torch.randint(2**31, (), generator=rng).item()
     few = count <= 50  # as the authors' code has it
-    method = KMeans(count, max_iter=10, n_init=1, random_state=seed) if few else MiniBatchKMeans(count, init="random", batch_size=5000, max_iter=2, n_init=1, random_state=seed)
+    method = (KMeans(count, max_iter=10, n_init=1, random_state=seed) if few
+              else MiniBatchKMeans(count, init="random", batch_size=5000, max_iter=2, n_init=1,
+                                   random_state=seed))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # copies in the pool: fewer groups than asked for will do
+        # copies in the pool: fewer groups than asked for will do
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return method.fit_predict(x)
 
 def _spread(x: torch.Tensor, neighbours: int = 20) -> torch.Tensor:  # (N,)
     "Mean distance of every row to its nearest neighbours."
     if len(x) == 1: return torch.zeros(1)
     k = min(neighbours, len(x) - 1)
-    return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, 1:].mean(1) for part in x.split(2048)])
+    return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, 1:].mean(1)
+                      for part in x.split(2048)])
 
 # %% ../nbs/40_acquire.ipynb #e67a547e
 @strategy("features", "known")
@@ -393,10 +428,13 @@ def typiclust(
     known = pool.features[:0] if pool.known is None else pool.known
     x = F.normalize(torch.cat([pool.features, known]).float().cpu(), dim=-1)
     groups = torch.from_numpy(_groups(x.numpy(), min(len(known) + count, most, len(x)), rng)).long()
-    inside, labelled = groups[:len(pool)], groups[len(pool):].bincount(minlength=int(groups.max()) + 1)
+    inside = groups[:len(pool)]
+    labelled = groups[len(pool):].bincount(minlength=int(groups.max()) + 1)
     order = torch.randperm(len(pool), generator=rng)
     order = order[inside[order].argsort(stable=True)]
     heaps = [rows for rows in order.split(inside.bincount().tolist()) if len(rows)]
     heaps.sort(key=lambda rows: (labelled[inside[rows[0]]].item(), -len(rows)))
-    rounds = itertools.zip_longest(*(rows[_spread(x[rows]).argsort(stable=True)].tolist() for rows in heaps))
-    return torch.tensor(list(itertools.islice((row for turn in rounds for row in turn if row is not None), count)))
+    rounds = itertools.zip_longest(*(rows[_spread(x[rows]).argsort(stable=True)].tolist()
+                                     for rows in heaps))
+    return torch.tensor(list(itertools.islice((row for turn in rounds for row in turn
+                                               if row is not None), count)))

@@ -6,7 +6,9 @@
 __all__ = ['Recording', 'record', 'Survey', 'survey', 'Patches', 'strongest_patches']
 
 # %% ../nbs/21_activation.ipynb #02953524
-import dataclasses, json, time
+import dataclasses
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,34 +18,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
 from .core import atomic_write, progress
 from .field import pathway, receptive_field
-from .model import Unit, check_evaluation, check_unit, find_layer, fingerprint, imagenet_input, outputs
+from .model import Unit, check_evaluation, check_unit, find_layer, fingerprint
+
+# %% ../nbs/21_activation.ipynb #ff7d8627
+from .model import imagenet_input, layer_outputs
 
 # %% ../nbs/21_activation.ipynb #5a4558e8
 class _Reader:
     "A layer's numbers for batches of images, by the cheapest exact way."
-    def __init__(self, model: nn.Module, layer: str, shape: Sequence[int], at: str | tuple[int, int], when: str, prepare: Callable, bf16: bool):
+    def __init__(self, model: nn.Module, layer: str, shape: Sequence[int],
+                 at: str | tuple[int, int], when: str, prepare: Callable, bf16: bool):
         if when not in ("pre", "post"): raise ValueError(f"when is 'pre' or 'post', got {when!r}")
-        if isinstance(at, str) and at not in ("centre", "maximum", "mean"): raise ValueError(f"at is 'centre', 'maximum', 'mean' or a (row, column), got {at!r}")
+        if isinstance(at, str) and at not in ("centre", "maximum", "mean"):
+            raise ValueError(f"at is 'centre', 'maximum', 'mean' or a (row, column), got {at!r}")
         check_evaluation(model)
         self.model, self.layer, self.at, self.when, self.prepare = model, layer, at, when, prepare
         self.device, self.limit = next(model.parameters()).device, None
-        if bf16 and self.device.type != "cuda": raise ValueError(f"bf16 is for CUDA; the model is on {self.device.type}")
+        if bf16 and self.device.type != "cuda":
+            raise ValueError(f"bf16 is for CUDA; the model is on {self.device.type}")
         self.bf16, self.path, self.position = bf16, None, None
         if isinstance(find_layer(model, layer), nn.Conv2d) and at not in ("maximum", "mean"):
             self.path = pathway(model, layer, tuple(shape[-2:]), None if at == "centre" else at)
             self.position = self.path.position
         self.how = self.path.why if self.path else f"whole images are run: the {at} over the map is asked for" if at in ("maximum", "mean") else f"whole images are run: '{layer}' is not a convolution"
 
-    def crop(self, image: torch.Tensor) -> torch.Tensor: return self.path.crop(image) if self.path else image
+    def crop(self, image: torch.Tensor) -> torch.Tensor:
+        return self.path.crop(image) if self.path else image
 
     def _values(self, x: torch.Tensor) -> torch.Tensor:
         x = self.prepare(x.to(self.device))
-        values = self.path(x) if self.path else outputs(self.model, [self.layer], x)[self.layer]
+        values = (self.path(x) if self.path
+                  else layer_outputs(self.model, [self.layer], x)[self.layer])
         if self.when == "post": values = F.relu(values)
         if values.ndim == 2: return values
-        if self.at in ("maximum", "mean"): return values.amax((2, 3)) if self.at == "maximum" else values.mean((2, 3))
+        if self.at in ("maximum", "mean"):
+            return values.amax((2, 3)) if self.at == "maximum" else values.mean((2, 3))
         self.position = (values.shape[2]//2, values.shape[3]//2) if self.at == "centre" else self.at
         return values[:, :, self.position[0], self.position[1]]
 
@@ -53,26 +65,34 @@ class _Reader:
         while True:
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    return torch.cat([self._values(part).float().cpu() for part in x.split(self.limit or len(x))])
+                    return torch.cat([self._values(part).float().cpu()
+                                      for part in x.split(self.limit or len(x))])
             except RuntimeError as problem:
                 if "memory" not in str(problem).lower() or self.limit == 1: raise
                 self.limit = max(1, (self.limit or len(x))//2)
 
-def _batches(images: Sequence, first: int, size: int, reader: _Reader, shape: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+def _batches(images: Sequence, first: int, size: int, reader: _Reader,
+             shape: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
     "Number of the first image, and a batch of crops; the next batch is read while one is computed."
     def read(i):
         if (image := images[i]).shape != shape:
-            raise ValueError(f"images must be of one size to be recorded; image {i} is {tuple(image.shape)}, the first {tuple(shape)}")
+            raise ValueError(f"images must be of one size to be recorded; image {i} is "
+                             f"{tuple(image.shape)}, the first {tuple(shape)}")
         return reader.crop(image)
     with ThreadPoolExecutor(4) as pool:
         waiting = None
-        for start in [*progress(range(first, len(images), size), f"recording {reader.layer}"), None]:
-            coming = None if start is None else (start, [pool.submit(read, i) for i in range(start, min(start + size, len(images)))])
+        for start in [*progress(range(first, len(images), size), f"recording {reader.layer}"),
+                      None]:
+            coming = (None if start is None
+                      else (start, [pool.submit(read, i)
+                                    for i in range(start, min(start + size, len(images)))]))
             if waiting: yield waiting[0], torch.stack([future.result() for future in waiting[1]])
             waiting = coming
 
 def _finite(values: torch.Tensor, layer: str, first: int) -> torch.Tensor:
-    if len(bad := (~values.isfinite()).any(1).nonzero().ravel()): raise FloatingPointError(f"'{layer}' is not finite for image {first + bad[0].item()} and {len(bad) - 1} more")
+    if len(bad := (~values.isfinite()).any(1).nonzero().ravel()):
+        raise FloatingPointError(f"'{layer}' is not finite for image {first + bad[0].item()} and "
+                                 f"{len(bad) - 1} more")
     return values
 
 # %% ../nbs/21_activation.ipynb #e19481e8
@@ -105,7 +125,8 @@ def record(
     if not len(images): raise ValueError("there are no images to record")
     shape = images[0].shape
     reader = _Reader(model, layer, shape, at, when, prepare, bf16)
-    values = [_finite(reader(x), layer, first) for first, x in _batches(images, 0, batch, reader, shape)]
+    values = [_finite(reader(x), layer, first)
+              for first, x in _batches(images, 0, batch, reader, shape)]
     return Recording(torch.cat(values).numpy(), layer, reader.position, reader.how)
 
 # %% ../nbs/21_activation.ipynb #907feeff
@@ -128,7 +149,9 @@ class Survey:
         k: int = 9,  # how many, at most as many as were kept
     ) -> np.ndarray:  # (k,) indices of images, the strongest first; ties in the order of the images
         "The images that drive a unit most."
-        if not 1 <= k <= self.top_images.shape[1]: raise ValueError(f"the survey kept the {self.top_images.shape[1]} strongest images of each unit, asked for are {k}")
+        if not 1 <= k <= self.top_images.shape[1]:
+            raise ValueError(f"the survey kept the {self.top_images.shape[1]} strongest images of "
+                             f"each unit, asked for are {k}")
         return self.top_images[unit, :k].numpy()
 
     def strata(self,
@@ -137,12 +160,16 @@ class Survey:
         each: int = 4,  # examples from each stratum
     ) -> list[np.ndarray]:  # for each stratum, indices of images in ascending order of the unit's value
         "Examples from every part of a unit's range, evenly spaced by rank within the uniform sample."
-        if not (len(quantiles) > 1 and all(0 <= a < b <= 1 for a, b in zip(quantiles, quantiles[1:]))): raise ValueError(f"quantiles must ascend within 0..1, got {tuple(quantiles)}")
+        if not (len(quantiles) > 1
+                and all(0 <= a < b <= 1 for a, b in zip(quantiles, quantiles[1:]))):
+            raise ValueError(f"quantiles must ascend within 0..1, got {tuple(quantiles)}")
         order = self.sample_values[:, unit].sort(stable=True).indices
         edges = [round(q*len(order)) for q in quantiles]
         if thin := [b - a for a, b in zip(edges, edges[1:]) if b - a < each]:
-            raise ValueError(f"a stratum holds {thin[0]} of the {len(order)} sampled images, asked for are {each}; take a larger sample or wider strata")
-        return [self.sample_images[order[torch.linspace(a, b - 1, each).round().long()]].numpy() for a, b in zip(edges, edges[1:])]
+            raise ValueError(f"a stratum holds {thin[0]} of the {len(order)} sampled images, asked "
+                             f"for are {each}; take a larger sample or wider strata")
+        return [self.sample_images[order[torch.linspace(a, b - 1, each).round().long()]].numpy()
+                for a, b in zip(edges, edges[1:])]
 
     @property
     def bytes(self) -> int:
@@ -150,7 +177,8 @@ class Survey:
         return sum(t.numel()*t.element_size() for t in self._tensors().values())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {f.name: v for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return {f.name: v for f in dataclasses.fields(self)
+                if isinstance(v := getattr(self, f.name), torch.Tensor)}
 
     def save(self,
         path: str | Path,  # of a safetensors file
@@ -158,7 +186,9 @@ class Survey:
         "Write everything to one file."
         from safetensors.torch import save_file
         rest = dict(layer=self.layer, how=self.how, asked=self.asked, seen=self.seen)
-        with atomic_write(path) as temporary: save_file({k: t.contiguous() for k, t in self._tensors().items()}, temporary, dict(survey=json.dumps(rest)))
+        with atomic_write(path) as temporary:
+            save_file({k: t.contiguous() for k, t in self._tensors().items()}, temporary,
+                      dict(survey=json.dumps(rest)))
 
     @classmethod
     def load(cls,
@@ -167,8 +197,12 @@ class Survey:
         "Read what `save` wrote."
         from safetensors import SafetensorError, safe_open
         try:
-            with safe_open(path, "pt") as file: return cls(**json.loads(file.metadata()["survey"]), **{k: file.get_tensor(k) for k in file.keys()})
-        except (SafetensorError, KeyError, TypeError, ValueError) as problem: raise ValueError(f"{Path(path).name} is not the file of a survey: {problem}") from problem
+            with safe_open(path, "pt") as file:
+                return cls(**json.loads(file.metadata()["survey"]),
+                           **{k: file.get_tensor(k) for k in file.keys()})
+        except (SafetensorError, KeyError, TypeError, ValueError) as problem:
+            raise ValueError(
+                f"{Path(path).name} is not the file of a survey: {problem}") from problem
 
 # %% ../nbs/21_activation.ipynb #d8bb98cd
 def _strongest(values: torch.Tensor, images: torch.Tensor, new: torch.Tensor, first: int) -> None:
@@ -176,7 +210,8 @@ def _strongest(values: torch.Tensor, images: torch.Tensor, new: torch.Tensor, fi
     busy = (new.amax(0) > values[:, -1]).nonzero().ravel()
     if not len(busy): return
     candidates = torch.cat([values[busy], new[:, busy].T], 1)
-    numbers = torch.cat([images[busy], torch.arange(first, first + len(new)).expand(len(busy), -1)], 1)
+    numbers = torch.cat([images[busy], torch.arange(first, first + len(new)).expand(len(busy), -1)],
+                        1)
     order = candidates.sort(descending=True, stable=True).indices[:, :values.shape[1]]
     values[busy], images[busy] = candidates.gather(1, order), numbers.gather(1, order)
 
@@ -186,7 +221,8 @@ def _advance(s: Survey, new: torch.Tensor) -> Survey:
     _strongest(s.top_values, s.top_images, new, first)
     exact, total = new.double(), first + count
     gap = exact.mean(0) - s.mean
-    spread = s.deviation.square()*first + exact.var(0, correction=0)*count + gap.square()*(first*count/total)
+    spread = (s.deviation.square()*first + exact.var(0, correction=0)*count
+              + gap.square()*(first*count/total))
     s.mean.add_(gap*(count/total))
     s.deviation.copy_((spread/total).sqrt())
     a, b = torch.searchsorted(s.sample_images, torch.tensor([first, total])).tolist()
@@ -214,13 +250,17 @@ def survey(
     count = len(images)
     if not count: raise ValueError("there are no images to survey")
     for name, value in dict(k=k, sample=sample, batch=1 if batch is None else batch).items():
-        if not (isinstance(value, int) and value >= 1): raise ValueError(f"{name} must be a whole number of images, at least 1, got {value!r}")
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name} must be a whole number of images, at least 1, got {value!r}")
     shape = images[0].shape
     reader = _Reader(model, layer, shape, at, when, prepare, bf16)
     batch = batch or (64 if reader.device.type == "cpu" else 512)
-    asked = dict(layer=layer, at=at if isinstance(at, str) else list(at), when=when, model=fingerprint(model), images=[getattr(images, "name", type(images).__name__), count, *shape],
+    asked = dict(layer=layer, at=at if isinstance(at, str) else list(at), when=when,
+                 model=fingerprint(model), images=[getattr(images, "name", type(images).__name__),
+                                                   count, *shape],
                  k=min(k, count), sample=min(sample, count), seed=seed, batch=batch, bf16=bf16)
-    found = _restore(resume, asked) or _empty(layer, reader, asked, len(reader(reader.crop(images[0])[None])[0]))
+    found = (_restore(resume, asked) or _empty(layer, reader, asked,
+                                               len(reader(reader.crop(images[0])[None])[0])))
     saved = time.monotonic()
     for first, x in _batches(images, found.seen, batch, reader, shape):
         found = _advance(found, _finite(reader(x), layer, first))
@@ -232,15 +272,19 @@ def survey(
 
 def _empty(layer: str, reader: _Reader, asked: dict, units: int) -> Survey:
     k, size = asked["k"], asked["sample"]
-    chosen = torch.randperm(asked["images"][1], generator=torch.Generator().manual_seed(asked["seed"]))[:size].sort().values
-    return Survey(layer, reader.how, asked, 0, torch.zeros(units, dtype=torch.double), torch.zeros(units, dtype=torch.double), torch.full((units, k), -torch.inf),
+    chosen = torch.randperm(asked["images"][1],
+                            generator=torch.Generator().manual_seed(asked["seed"]))[
+                                :size].sort().values
+    return Survey(layer, reader.how, asked, 0, torch.zeros(units, dtype=torch.double),
+                  torch.zeros(units, dtype=torch.double), torch.full((units, k), -torch.inf),
                   torch.zeros(units, k, dtype=torch.long), chosen, torch.zeros(size, units))
 
 def _restore(resume: str | Path | None, asked: dict) -> Survey | None:
     if not resume or not Path(resume).exists(): return None
     found = Survey.load(resume)
     if other := [name for name in asked if found.asked.get(name) != asked[name]]:
-        raise ValueError(f"{resume} holds a survey with {other[0]} = {found.asked.get(other[0])}, asked for is {asked[other[0]]}; give another file, or remove this one")
+        raise ValueError(f"{resume} holds a survey with {other[0]} = {found.asked.get(other[0])}, "
+                         f"asked for is {asked[other[0]]}; give another file, or remove this one")
     return found
 
 # %% ../nbs/21_activation.ipynb #cad044b3
@@ -268,13 +312,21 @@ def strongest_patches(
     device, found = next(model.parameters()).device, []
     for i in progress(range(len(images)), f"patches of {unit}"):
         image = images[i]
-        values = outputs(model, [unit.layer], prepare(image[None].to(device)))[unit.layer][0, unit.index].cpu()
-        if not values.isfinite().all(): raise FloatingPointError(f"{unit} is not finite for image {i}")
+        values = layer_outputs(model, [unit.layer], prepare(image[None].to(device)))[unit.layer][
+            0, unit.index].cpu()
+        if not values.isfinite().all():
+            raise FloatingPointError(f"{unit} is not finite for image {i}")
         inside = [torch.tensor([0 <= axis.span(p)[0] and axis.span(p)[1] <= n for p in range(m)])
-                  for axis, n, m in zip((field.rows, field.columns), image.shape[-2:], values.shape)]
+                  for axis, n, m in zip((field.rows, field.columns), image.shape[-2:],
+                                        values.shape)]
         inside = inside[0][:, None] & inside[1]
-        if not inside.any(): raise ValueError(f"image {i} is {image.shape[-2]} × {image.shape[-1]} pixels, too small to hold the field of {unit}, {field.rows.size} × {field.columns.size}")
-        row, column = divmod(values.masked_fill(~inside, -torch.inf).argmax().item(), values.shape[1])
+        if not inside.any():
+            raise ValueError(f"image {i} is {image.shape[-2]} × {image.shape[-1]} pixels, too "
+                             f"small to hold the field of {unit}, {field.rows.size} × "
+                             f"{field.columns.size}")
+        row, column = divmod(values.masked_fill(~inside, -torch.inf).argmax().item(),
+                             values.shape[1])
         (top, bottom), (left, right) = field.window((row, column))
-        found.append((image[:, top:bottom, left:right], values[row, column], torch.tensor([top, left])))
+        found.append((image[:, top:bottom, left:right], values[row, column],
+                      torch.tensor([top, left])))
     return Patches(*(torch.stack(column) for column in zip(*found)))

@@ -7,7 +7,20 @@ __all__ = ['NotebookError', 'run_notebook', 'superpos_imports', 'notebooks', 'ex
            'problems', 'readme', 'main']
 
 # %% ../nbs/70_book.ipynb #564a9225
-import ast, base64, concurrent.futures, configparser, hashlib, json, os, re, shutil, subprocess, sys, textwrap, time, traceback
+import ast
+import base64
+import concurrent.futures
+import configparser
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,14 +30,16 @@ class NotebookError(RuntimeError):
     "A cell failed. The message names the notebook, the cell and the error."
 
 def _first_line(source: str) -> str:
-    return next((line.strip() for line in source.splitlines() if line.strip() and not line.lstrip().startswith("#|")), "")
+    return next((line.strip() for line in source.splitlines() if line.strip()
+                 and not line.lstrip().startswith("#|")), "")
 
 def _skipped(directives: dict, flags: Sequence[str]) -> bool:
     return bool(set(flags) & set(directives)) or directives.get("eval:", [""])[0].lower() == "false"
 
 def _short_traceback(error: BaseException) -> str:
     "The four innermost calls that led to `error`, without those of the shell that ran the cell."
-    calls = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}IPython{os.sep}" not in f.filename]
+    calls = [f for f in traceback.extract_tb(error.__traceback__)
+             if f"{os.sep}IPython{os.sep}" not in f.filename]
     files = ["" if "ipython-input" in f.filename else f"{Path(f.filename).name}, " for f in calls]
     where = [f"  {file}{f.name}, line {f.lineno}: {f.line}" for file, f in zip(files, calls)]
     return "\n".join([*where[-4:], "".join(traceback.format_exception_only(error)).rstrip()])
@@ -49,11 +64,15 @@ def run_notebook(
         if cell.cell_type != "code": continue
         cell.outputs = []
         if _skipped(cell.directives_, flags): continue
-        print(where := f"cell {number} of {len(nb.cells)} (`{_first_line(cell.source)}`)", flush=True)
+        print(where := f"cell {number} of {len(nb.cells)} (`{_first_line(cell.source)}`)",
+              flush=True)
         shell.cell(cell)
-        if shell.exc: raise NotebookError(f"{path.name}, {where}: {type(shell.exc).__name__}\n{_short_traceback(shell.exc)}{_hint(shell.exc)}")
+        if shell.exc:
+            raise NotebookError(f"{path.name}, {where}: "
+                                f"{type(shell.exc).__name__}\n{_short_traceback(shell.exc)}{_hint(shell.exc)}")
     clean_nb(nb)
-    if path.read_bytes() != before: raise NotebookError(f"{path.name} was changed while it was running; run it again")
+    if path.read_bytes() != before:
+        raise NotebookError(f"{path.name} was changed while it was running; run it again")
     write_nb(nb, path)
 
 # %% ../nbs/70_book.ipynb #8446d0ec
@@ -66,14 +85,17 @@ def superpos_imports(
         if isinstance(node, ast.Import): names = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = f"superpos.{node.module or ''}".rstrip(".") if node.level else node.module
-            names = [base, *(f"{base}.{a.name}" for a in node.names)] if base == "superpos" else [base]
+            names = ([base, *(f"{base}.{a.name}" for a in node.names)] if base == "superpos"
+                     else [base])
         else: continue
-        found |= {n.split(".")[1] for n in names if n.startswith("superpos.") and n.split(".")[1][0] != "_"}
+        found |= {n.split(".")[1] for n in names if n.startswith("superpos.")
+                  and n.split(".")[1][0] != "_"}
     return found
 
 def _code(path: Path) -> str:
     "The code cells of a notebook that are plain Python, joined."
-    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    code = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+            if c["cell_type"] == "code"]
     return "\n".join(source for source in code if _parses(source))
 
 def _parses(source: str) -> bool:
@@ -83,16 +105,19 @@ def _parses(source: str) -> bool:
 def _dependencies(root: Path, notebook: Path) -> list[Path]:
     "The files other than itself that a notebook's outputs depend on."
     modules, wanted = {}, superpos_imports(_code(notebook))
-    if "book" in wanted: wanted |= {p.stem for p in (root/"superpos").glob("*.py") if p.name[0] != "_"}
+    if "book" in wanted:
+        wanted |= {p.stem for p in (root/"superpos").glob("*.py") if p.name[0] != "_"}
     while wanted:
         name = wanted.pop()
         if (path := root/"superpos"/f"{name}.py").exists():
             modules[name] = path
             wanted |= superpos_imports(path.read_text(encoding="utf-8")) - modules.keys()
-    return sorted([*modules.values(), *(root/"nbs"/"results").glob("*.json"), *root.glob("constraints.txt")])
+    return sorted([*modules.values(), *(root/"nbs"/"results").glob("*.json"),
+                   *root.glob("constraints.txt")])
 
 def _digest(paths: Sequence[Path]) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in paths)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest()
+                                   for p in paths)).hexdigest()[:16]
 
 # %% ../nbs/70_book.ipynb #f4795dc0
 def notebooks(
@@ -100,28 +125,37 @@ def notebooks(
 ) -> list[Path]:  # in the order of their numbers
     "The pages of the book."
     found = sorted(p for p in (root/"nbs").glob("*.ipynb") if p.name[0] not in "._")
-    if not found: raise FileNotFoundError(f"no notebooks in {root/'nbs'}; run this from the project's folder")
+    if not found:
+        raise FileNotFoundError(f"no notebooks in {root/'nbs'}; run this from the project's folder")
     return found
 
 def _settings(root: Path) -> configparser.SectionProxy:
     config = configparser.ConfigParser()
-    if not config.read(root/"settings.ini"): raise FileNotFoundError(f"no settings.ini in {root}; run this from the project's folder")
+    if not config.read(root/"settings.ini"):
+        raise FileNotFoundError(f"no settings.ini in {root}; run this from the project's folder")
     return config["DEFAULT"]
 
 def _run_apart(root: Path, notebook: Path, stamp: str | None) -> tuple[str, float]:
     try: before = _digest(_dependencies(root, notebook))
-    except (ValueError, KeyError) as e: raise NotebookError(f"{notebook.name} is not a notebook: {e}") from e
+    except (ValueError, KeyError) as e:
+        raise NotebookError(f"{notebook.name} is not a notebook: {e}") from e
     if stamp == before + _digest([notebook]): return stamp, 0.0
-    quiet = dict(SUPERPOS_QUIET="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0", MPLBACKEND="module://matplotlib_inline.backend_inline",
-                 PYTHONPATH=os.pathsep.join(filter(None, [str(root.resolve()), os.environ.get("PYTHONPATH")])))
+    quiet = dict(SUPERPOS_QUIET="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0",
+                 MPLBACKEND="module://matplotlib_inline.backend_inline",
+                 PYTHONPATH=os.pathsep.join(filter(None, [str(root.resolve()),
+                                                          os.environ.get("PYTHONPATH")])))
     start = time.perf_counter()
-    command = [sys.executable, "-m", "superpos.book", "run", notebook.name, *_settings(root)["tst_flags"].split()]
-    done = subprocess.run(command, cwd=notebook.parent, env=os.environ | quiet, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "superpos.book", "run", notebook.name,
+               *_settings(root)["tst_flags"].split()]
+    done = subprocess.run(command, cwd=notebook.parent, env=os.environ | quiet, capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said, begun = done.stderr.strip(), [line for line in done.stdout.splitlines() if line.startswith("cell ")]
+        said = done.stderr.strip()
+        begun = [line for line in done.stdout.splitlines() if line.startswith("cell ")]
         if (told := f"\n{said}".rfind(f"\n{notebook.name}")) >= 0: raise NotebookError(said[told:])
         where = begun[-1] if begun else "before its first cell"
-        raise NotebookError(f"{notebook.name}, {where}: the process ended with code {done.returncode}\n{said[-2000:]}")
+        raise NotebookError(f"{notebook.name}, {where}: the process ended with code "
+                            f"{done.returncode}\n{said[-2000:]}")
     return before + _digest([notebook]), time.perf_counter() - start
 
 def execute(
@@ -134,13 +168,15 @@ def execute(
     stamps = json.loads(record.read_text()) if record.exists() else {}
     record.parent.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        running = {pool.submit(_run_apart, root, nb, stamps.get(nb.name)): nb for nb in notebooks(root)}
+        running = {pool.submit(_run_apart, root, nb, stamps.get(nb.name)): nb
+                   for nb in notebooks(root)}
         try:
             for future in concurrent.futures.as_completed(running):
                 name = running[future].name
                 stamps[name], seconds = future.result()
                 record.write_text(json.dumps(stamps, indent=1, sort_keys=True))
-                print(f"{name:<32}" + (f"{seconds:6.1f} s  ok" if seconds else "unchanged"), flush=True)
+                print(f"{name:<32}" + (f"{seconds:6.1f} s  ok" if seconds else "unchanged"),
+                      flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -163,20 +199,26 @@ def mathml(
 def _as_mathml(found: re.Match) -> str:
     from latex2mathml.converter import convert
     if not (latex := (found["display"] or found["inline"] or "").strip()): return found[0]
-    paired = re.sub(r"(?<!\\left)(\\l[vV]ert)(?![A-Za-z])", r"\\left\1 ", latex.replace("{aligned}", "{align*}"))
+    paired = re.sub(r"(?<!\\left)(\\l[vV]ert)(?![A-Za-z])", r"\\left\1 ",
+                    latex.replace("{aligned}", "{align*}"))
     paired = re.sub(r"(?<!\\right)(\\r[vV]ert)(?![A-Za-z])", r"\\right\1 ", paired)
     try: made = convert(paired, display="block" if found["display"] else "inline")
-    except Exception as e: raise ValueError(f"no MathML for the formula {latex}: {type(e).__name__}") from e
+    except Exception as e:
+        raise ValueError(f"no MathML for the formula {latex}: {type(e).__name__}") from e
     if unknown := re.search(r"\\[A-Za-z]*|>&<", made):
-        raise ValueError(f"no MathML for {unknown[0].strip('<>')} in the formula {latex}; write it in other words")
-    made = made.replace("<mo>&#x022A4;</mo>", "<mi>&#x022A4;</mi>")  # the mark of a transpose is no operator
-    return re.sub(r"[*_`~^$\[\]]", lambda m: f"&#{ord(m[0])};", made)  # what Markdown would read as markup
+        raise ValueError(f"no MathML for {unknown[0].strip('<>')} in the formula {latex}; write it "
+                         "in other words")
+    # the mark of a transpose is no operator
+    made = made.replace("<mo>&#x022A4;</mo>", "<mi>&#x022A4;</mi>")
+    # what Markdown would read as markup
+    return re.sub(r"[*_`~^$\[\]]", lambda m: f"&#{ord(m[0])};", made)
 
 # %% ../nbs/70_book.ipynb #746ed9fa
 def _about(notebook: Path) -> tuple[str, str]:
     "Title and description of a page."
     first = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"])
-    return tuple(found[1].strip() if (found := re.search(rf"(?m)^{mark} +(.+)", first)) else "" for mark in "#>")
+    return tuple(found[1].strip() if (found := re.search(rf"(?m)^{mark} +(.+)", first)) else ""
+                 for mark in "#>")
 
 def _module(notebook: Path) -> str | None:
     "The module that a notebook exports, such as `superpos.toy`."
@@ -190,25 +232,31 @@ def _own(tree: ast.AST) -> dict[str, ast.AST]:
 
 def _known(trees: dict[str, ast.Module]) -> dict[str, dict[str, tuple]]:
     "For each module: the name by which it calls a definition of the package, the definition, and the module that one is in."
-    known = {module: {name: (node, module) for name, node in _own(tree).items()} for module, tree in trees.items()}
+    known = {module: {name: (node, module) for name, node in _own(tree).items()}
+             for module, tree in trees.items()}
     for module, tree in trees.items():
         for node in ast.walk(tree):
             if not isinstance(node, ast.ImportFrom) or not node.level: continue
             for a in node.names:
                 called = a.asname or a.name
-                if node.module in trees and (found := _own(trees[node.module]).get(a.name)): known[module][called] = found, node.module
+                if node.module in trees and (found := _own(trees[node.module]).get(a.name)):
+                    known[module][called] = found, node.module
                 elif not node.module and a.name in trees:
-                    known[module] |= {f"{called}.{name}": (found, a.name) for name, found in _own(trees[a.name]).items()}
+                    known[module] |= {f"{called}.{name}": (found, a.name)
+                                      for name, found in _own(trees[a.name]).items()}
     return known
 
 def _raised(node: ast.AST, module: str, known: dict, seen: set) -> set[str]:
     "Names of the errors that a definition can raise; for a class, when one is made."
     parts, found = [node], set()
-    if isinstance(node, ast.ClassDef): parts = [n for n in node.body if getattr(n, "name", "") in ("__init__", "__post_init__")]
+    if isinstance(node, ast.ClassDef):
+        parts = [n for n in node.body if getattr(n, "name", "") in ("__init__", "__post_init__")]
     for n in (n for part in parts for n in ast.walk(part)):
         if isinstance(n, ast.Raise) and n.exc:
-            found.add(ast.unparse(n.exc.func if isinstance(n.exc, ast.Call) else n.exc).split(".")[-1])
-        elif isinstance(n, ast.Call) and (called := known[module].get(ast.unparse(n.func))) and id(called[0]) not in seen:
+            found.add(ast.unparse(n.exc.func if isinstance(n.exc, ast.Call)
+                                  else n.exc).split(".")[-1])
+        elif (isinstance(n, ast.Call) and (called := known[module].get(ast.unparse(n.func)))
+              and id(called[0]) not in seen):
             seen.add(id(called[0]))
             found |= _raised(*called, known, seen)
     return {name for name in found if name[0].isupper()}
@@ -219,27 +267,34 @@ def _cell(text: str) -> str:
 
 def _signature(node: ast.AST) -> str:
     if isinstance(node, ast.ClassDef):
-        if made := [n for n in node.body if getattr(n, "name", "") == "__init__"]: return _signature(made[0])
-        fields = [n.target.id for n in node.body if isinstance(n, ast.AnnAssign)] if node.decorator_list else []
+        if made := [n for n in node.body if getattr(n, "name", "") == "__init__"]:
+            return _signature(made[0])
+        fields = ([n.target.id for n in node.body if isinstance(n, ast.AnnAssign)]
+                  if node.decorator_list else [])
         return f"({', '.join(f for f in fields if f != '_')})" if fields else ""
     if any(ast.unparse(d).endswith("property") for d in node.decorator_list): return ""
     a = node.args
-    named = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
+    named = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs,
+             *([a.kwarg] if a.kwarg else [])]
     stars = {a.vararg: "*", a.kwarg: "**"}
     return f"({', '.join(stars.get(n, '') + n.arg for n in named if n.arg not in ('self', 'cls'))})"
 
 def _row(name: str, node: ast.AST, link: str, module: str, known: dict) -> str:
-    gives = ast.unparse(node.returns).strip("'") if isinstance(node, ast.FunctionDef) and node.returns else "None"
-    gives = "" if gives == "None" else f" → `{re.sub(r'(torch|np|plt)[.]', '', gives).replace(' | ', ' or ')}`"
+    gives = (ast.unparse(node.returns).strip("'") if isinstance(node, ast.FunctionDef)
+             and node.returns else "None")
+    gives = ("" if gives == "None"
+             else f" → `{re.sub(r'(torch|np|plt)[.]', '', gives).replace(' | ', ' or ')}`")
     line = (ast.get_docstring(node) or "").partition("\n")[0]
     errors = ", ".join(f"`{e}`" for e in sorted(_raised(node, module, known, {id(node)})))
-    return f"| [{name}]({link})`{_signature(node)}`{gives} | {_cell(line)} | {errors} |".replace("``", "")
+    return f"| [{name}]({link})`{_signature(node)}`{gives} | {_cell(line)} | {errors} |".replace(
+        "``", "")
 
 def _values(tree: ast.Module) -> dict[str, ast.AST]:
     "What a module assigns to its names."
     found = {}
     for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and node.value: found[ast.unparse(node.target)] = node.value
+        if isinstance(node, ast.AnnAssign) and node.value:
+            found[ast.unparse(node.target)] = node.value
         for target in node.targets if isinstance(node, ast.Assign) else ():
             both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
             pairs = zip(target.elts, node.value.elts) if both else [(target, node.value)]
@@ -253,7 +308,8 @@ def reference(
     root, parts = Path(root), []
     pages = {module.split(".")[-1]: nb for nb in notebooks(root) if (module := _module(nb))}
     files = {name: root/_settings(root)["lib_path"]/f"{name}.py" for name in pages}
-    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    trees = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in files.items()
+             if file.exists()}
     known = _known(trees)
     for name, tree in trees.items():
         title, description = _about(pages[name])
@@ -262,14 +318,18 @@ def reference(
         for public in ast.literal_eval(values["__all__"]):
             node, link = _own(tree).get(public), f"{address}#{public.lower()}"
             if node is None:
-                value = textwrap.shorten(ast.unparse(values[public]), 80, placeholder=" ...") if public in values else ""
-                rows.append(f"| [{public}]({address}) | {f'`{value}`'.replace('|', 'or') if value else 'a value'} | |")
+                value = (textwrap.shorten(ast.unparse(values[public]), 80, placeholder=" ...")
+                         if public in values else "")
+                rows.append(f"| [{public}]({address}) | "
+                            f"{f'`{value}`'.replace('|', 'or') if value else 'a value'} | |")
                 continue
             rows.append(_row(public, node, link, name, known))
-            methods = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name[0] != "_"] if isinstance(node, ast.ClassDef) else []
+            methods = ([n for n in node.body if isinstance(n, ast.FunctionDef)
+                        and n.name[0] != "_"] if isinstance(node, ast.ClassDef) else [])
             rows += [_row(f"{public}.{n.name}", n, link, name, known) for n in methods]
         head = f"## {_settings(root)['lib_path']}.{name}\n\n[{title}]({address}): {description}"
-        parts.append("\n".join([head, "", "| Name, arguments → what it gives | What it does | Can raise |", "|---|---|---|", *rows]) if rows else head)
+        parts.append("\n".join([head, "", "| Name, arguments → what it gives | What it does | Can "
+                                "raise |", "|---|---|---|", *rows]) if rows else head)
     return "\n\n".join(parts)
 
 # %% ../nbs/70_book.ipynb #52b2b52c
@@ -287,7 +347,9 @@ def _fields(module: Path) -> dict[str, str]:
     "The dataclasses of a module: each with its public fields and what is said of them."
     lines, found = module.read_text(encoding="utf-8").splitlines(), {}
     for node in ast.parse("\n".join(lines)).body:
-        if not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.unparse(d) for d in node.decorator_list): continue
+        if (not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.unparse(d)
+                                                          for d in node.decorator_list)):
+            continue
         fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and n.target.id[0] != "_"]
         said = [line for n in fields for line in lines[n.lineno - 1:n.end_lineno]]
         found[node.name] = "\n".join([f"class {node.name}:", *said])
@@ -295,11 +357,13 @@ def _fields(module: Path) -> dict[str, str]:
 
 def _with_fields(markdown: str, fields: dict[str, str]) -> str:
     "A dataclass is described by its fields, since its signature does not say what they are."
-    return re.sub(r"(?ms)^```python\ndef (\w+)\(.*?^```$", lambda m: f"```python\n{fields[m[1]]}\n```" if m[1] in fields else m[0], markdown)
+    return re.sub(r"(?ms)^```python\ndef (\w+)\(.*?^```$",
+                  lambda m: f"```python\n{fields[m[1]]}\n```" if m[1] in fields else m[0], markdown)
 
 def _restage(markdown: str, names: set[str], online: str) -> str:
     markdown = re.sub(re.escape(online) + r"/([\w-]+)\.html", r"\1.ipynb", markdown)
-    return re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: _page_name(m[0]) if m[0] in names else m[0], markdown)
+    return re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: _page_name(m[0]) if m[0] in names else m[0],
+                  markdown)
 
 def _edit_markdown(path: Path, change) -> None:
     "Apply `change` to the text cells, and the outputs that are Markdown, of a notebook."
@@ -307,8 +371,10 @@ def _edit_markdown(path: Path, change) -> None:
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown": cell["source"] = change("".join(cell["source"]))
         for output in cell.get("outputs", []):
-            if "text/markdown" in output.get("data", {}): output["data"]["text/markdown"] = change("".join(output["data"]["text/markdown"]))
-        if cell["cell_type"] == "raw": cell["source"] = re.sub(r"(?m)^output-file: .*\n", "", "".join(cell["source"]))
+            if "text/markdown" in output.get("data", {}):
+                output["data"]["text/markdown"] = change("".join(output["data"]["text/markdown"]))
+        if cell["cell_type"] == "raw":
+            cell["source"] = re.sub(r"(?m)^output-file: .*\n", "", "".join(cell["source"]))
     path.write_text(json.dumps(nb, ensure_ascii=False), encoding="utf-8")
 
 # %% ../nbs/70_book.ipynb #4036d281
@@ -318,18 +384,24 @@ def _contents(root: Path, site: dict) -> str:
     address = given["doc_host"] + given["doc_baseurl"]
 
     def lines(entry) -> list[str]:
-        if isinstance(entry, dict): return [line for e in entry.get("contents", ()) for line in lines(e)]
+        if isinstance(entry, dict):
+            return [line for e in entry.get("contents", ()) for line in lines(e)]
         if entry not in pages: return []
         title, description = _about(pages[entry])
         return [f"- [{title}]({address}/{Path(_page_name(entry)).stem}.html): {description}"]
 
     entries = site["website"]["sidebar"]["contents"]
-    parts = [("Start here", [e for e in entries if isinstance(e, str)])] + [(e["section"], e) for e in entries if "section" in e]
-    parts = [(name, [line for e in ([part] if isinstance(part, dict) else part) for line in lines(e)]) for name, part in parts]
+    parts = ([("Start here", [e for e in entries if isinstance(e, str)])]
+             + [(e["section"], e) for e in entries if "section" in e])
+    parts = [(name, [line for e in ([part] if isinstance(part, dict) else part)
+                     for line in lines(e)]) for name, part in parts]
     head = [f"# {given['title']}", f"> {given['description']}.",
-            f"A book whose pages are notebooks and whose code is the Python package `{given['lib_name']}`. "
-            f"The notebook behind `{address}/NAME.html` is in `{address}/notebooks/`, with its number in front of its name."]
-    return "\n\n".join(head + [f"## {name}\n\n" + "\n".join(part) for name, part in parts if part]) + "\n"
+            "A book whose pages are notebooks and whose code is the Python package "
+            f"`{given['lib_name']}`. "
+            f"The notebook behind `{address}/NAME.html` is in `{address}/notebooks/`, with its "
+            "number in front of its name."]
+    return ("\n\n".join(head + [f"## {name}\n\n" + "\n".join(part) for name, part in parts
+                                if part]) + "\n")
 
 # %% ../nbs/70_book.ipynb #60f7f911
 def stage(
@@ -348,7 +420,8 @@ def stage(
         fields = _fields(module) if module.exists() else {}
 
         def change(text: str) -> str:
-            text = _with_fields(_restage(text, names, given["doc_host"] + given["doc_baseurl"]), fields)
+            text = _with_fields(_restage(text, names, given["doc_host"] + given["doc_baseurl"]),
+                                fields)
             return text if for_quarto else mathml(text)
 
         try: _edit_markdown(folder/name, change)
@@ -358,18 +431,23 @@ def stage(
     (folder/"llms.txt").write_text(_contents(root, site), encoding="utf-8")
     site["website"]["sidebar"] = _present(site["website"]["sidebar"], names)
     if not for_quarto: del site["format"]["html"]["html-math-method"]
-    (folder/"_quarto.yml").write_text(yaml.safe_dump(site, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder/"_quarto.yml").write_text(yaml.safe_dump(site, sort_keys=False, allow_unicode=True),
+                                      encoding="utf-8")
     return folder
 
 # %% ../nbs/70_book.ipynb #18b0dc18
-_fetched_font = re.compile(r"""@import\s*(?:url\(\s*["']?https?://[^)]*\)|"https?://[^"]*"|'https?://[^']*')[^;]*;""")
+_fetched_font = re.compile(
+    r"""@import\s*(?:url\(\s*["']?https?://[^)]*\)|"https?://[^"]*"|'https?://[^']*')[^;]*;""")
 
-_drawn = re.compile(r'<img ([^>]*src="data:image/png;base64,([^"]{32}))')  # 32 characters hold the size of the picture
+# 32 characters hold the size of the picture
+_drawn = re.compile(r'<img ([^>]*src="data:image/png;base64,([^"]{32}))')
 
 def _finished(text: str) -> str:
     "The text of a rendered page or style sheet, as it is published."
     text = _fetched_font.sub("", text).replace('href="./"', 'href="./index.html"')
-    return _drawn.sub(lambda m: f'<img width="{int.from_bytes(base64.b64decode(m[2])[16:20], "big")//2}" {m[1]}', text)
+    return _drawn.sub(
+        lambda m: f'<img width="{int.from_bytes(base64.b64decode(m[2])[16:20], "big")//2}" '
+        f'{m[1]}', text)
 
 def _beside(root: Path, notebook: Path, site: Path) -> str:
     "The links of a page to its source, its notebook and its module's names."
@@ -398,15 +476,20 @@ def _furnish(root: Path, site: Path) -> None:
     for notebook in notebooks(root):
         shutil.copy(notebook, site/"notebooks")
         if (page := site/_page_name(notebook.name).replace(".ipynb", ".html")).exists():
-            above, header, below = page.read_text(encoding="utf-8").partition('id="title-block-header"')
+            above, header, below = page.read_text(encoding="utf-8").partition(
+                'id="title-block-header"')
             title, end, rest = below.partition("</header>")
             above = above.replace("</head>", '<script src="search-from-disk.js"></script></head>')
-            page.write_text(above + header + title + end + (_beside(root, notebook, site) if end else "") + rest, encoding="utf-8")
+            page.write_text(above + header + title + end + (_beside(root, notebook, site) if end
+                                                            else "") + rest, encoding="utf-8")
     (site/"search-from-disk.js").write_text(_search_from_disk.lstrip(), encoding="utf-8")
     if (index := site/"search.json").exists():
-        (site/"search.js").write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};", encoding="utf-8")
+        (site/"search.js").write_text(f"window.searchIndex = {index.read_text(encoding='utf-8')};",
+                                      encoding="utf-8")
     for script in site.rglob("quarto-search.js"):  # which does not even try
-        script.write_text(script.read_text(encoding="utf-8").replace('window.location.protocol === "file:"', "false"), encoding="utf-8")
+        script.write_text(script.read_text(encoding="utf-8").replace('window.location.protocol === '
+                                                                     '"file:"', "false"),
+                          encoding="utf-8")
 
 def render(
     root: str | Path = ".",  # of the project, and the working directory
@@ -414,7 +497,8 @@ def render(
     "Render the notebooks, as they are, into `_docs`: with Quarto if it is installed, else with smalldocs."
     root, quarto = Path(root).resolve(), shutil.which("quarto")
     folder = stage(root, for_quarto=bool(quarto))
-    command = [quarto, "render", "--no-cache"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"]
+    command = ([quarto, "render", "--no-cache"] if quarto
+               else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"])
     subprocess.run(command, cwd=folder, check=True)
     site = root/"_docs"
     shutil.rmtree(site, ignore_errors=True)
@@ -434,19 +518,25 @@ def _link_problem(site: Path, page: Path, anchors: dict[Path, set], tag) -> str 
     parts = urlsplit(address)
     if parts.scheme or parts.netloc:
         loads = tag.name != "a" and not {"canonical", "alternate"} & set(tag.get("rel") or ())
-        return f"loads {address[:100]} from the network" if loads and parts.scheme != "data" else None
+        return (f"loads {address[:100]} from the network" if loads and parts.scheme != "data"
+                else None)
     target = (page.parent/unquote(parts.path)).resolve() if parts.path else page
     if target.is_dir(): target /= "index.html"
     if site not in target.parents or not target.is_file(): return f"broken link {address}"
-    if parts.fragment and target in anchors and unquote(parts.fragment) not in anchors[target]: return f"no such place {address}"
+    if parts.fragment and target in anchors and unquote(parts.fragment) not in anchors[target]:
+        return f"no such place {address}"
 
 def _page_problems(site: Path, page: Path, soup, anchors: dict[Path, set]) -> list[str]:
-    found = [_link_problem(site, page, anchors, t) for name, attribute in _links.items() for t in soup.find_all(name, {attribute: True})]
+    found = [_link_problem(site, page, anchors, t) for name, attribute in _links.items()
+             for t in soup.find_all(name, {attribute: True})]
     body = soup.find("main") or soup
-    found += [f"no alternative text for picture {n}" for n, t in enumerate(body.find_all("img"), 1) if not (t.get("alt") or "").strip()]
-    found += [f"loads {a} from the network" for t in soup.find_all("style") for a in _loaded_from_afar.findall(t.text)]
+    found += [f"no alternative text for picture {n}" for n, t in enumerate(body.find_all("img"), 1)
+              if not (t.get("alt") or "").strip()]
+    found += [f"loads {a} from the network" for t in soup.find_all("style")
+              for a in _loaded_from_afar.findall(t.text)]
     for t in soup.find_all(["pre", "code", "script", "style"]): t.decompose()
-    return [f for f in found if f] + [f"unresolved cross-reference {r}" for r in _unresolved.findall(soup.get_text(" "))]
+    return ([f for f in found if f] + [f"unresolved cross-reference {r}"
+                                       for r in _unresolved.findall(soup.get_text(" "))])
 
 def problems(
     site: str | Path,  # the folder of a rendered site
@@ -454,12 +544,16 @@ def problems(
     "Broken links, missing anchors and texts, unresolved cross-references, and whatever is loaded from the network."
     from bs4 import BeautifulSoup
     site = Path(site).resolve()
-    pages = {p: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in sorted(site.rglob("*.html"))}
+    pages = {p: BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser")
+             for p in sorted(site.rglob("*.html"))}
     if not pages: raise FileNotFoundError(f"no pages in {site}; render them first")
     anchors = {p: {t["id"] for t in soup.find_all(id=True)} for p, soup in pages.items()}
-    found = [f"{p.relative_to(site)}: {problem}" for p, soup in pages.items() for problem in _page_problems(site, p, soup, anchors)]
-    sheets = {css: _loaded_from_afar.findall(css.read_text(encoding="utf-8")) for css in sorted(site.rglob("*.css"))}
-    return list(dict.fromkeys(found)) + [f"{css.relative_to(site)}: loads {a} from the network" for css, far in sheets.items() for a in far]
+    found = [f"{p.relative_to(site)}: {problem}" for p, soup in pages.items()
+             for problem in _page_problems(site, p, soup, anchors)]
+    sheets = {css: _loaded_from_afar.findall(css.read_text(encoding="utf-8"))
+              for css in sorted(site.rglob("*.css"))}
+    return (list(dict.fromkeys(found)) + [f"{css.relative_to(site)}: loads {a} from the network"
+                                          for css, far in sheets.items() for a in far])
 
 # %% ../nbs/70_book.ipynb #c7db6a0d
 def readme(
@@ -471,14 +565,16 @@ def readme(
     for cell in json.loads((root/"nbs"/"index.ipynb").read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: f"nbs/{m[0]}" if m[0] in names else m[0], source))
+            parts.append(re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: f"nbs/{m[0]}" if m[0] in names
+                                else m[0], source))
         option = {k: v for k, v in re.findall(r'^#\| *([\w-]+): *"?(.*?)"?$', source, re.M)}
         for output in cell.get("outputs", []):
             if png := output.get("data", {}).get("image/png"):
                 picture = root/"nbs"/"images"/f"{option['label']}.png"
                 files[picture] = base64.b64decode("".join(png))
                 shown = f"![{option['fig-alt']}]({picture.relative_to(root).as_posix()})"
-                parts.append(f"<a id=\"{option['label']}\"></a>\n\n{shown}\n\n*{option['fig-cap']}*")
+                parts.append(
+                    f"<a id=\"{option['label']}\"></a>\n\n{shown}\n\n*{option['fig-cap']}*")
     return {root/"README.md": ("\n\n".join(parts) + "\n").encode()} | files
 
 # %% ../nbs/70_book.ipynb #0a6f6ce4
@@ -490,7 +586,8 @@ def _write_readme() -> None:
 def _check() -> None:
     found = problems("_docs")
     if not shutil.which("quarto"):
-        checked = subprocess.run([sys.executable, "-m", "smalldocs.cli", "check", "_proc"], capture_output=True, text=True)
+        checked = subprocess.run([sys.executable, "-m", "smalldocs.cli", "check", "_proc"],
+                                 capture_output=True, text=True)
         if checked.returncode: found.append(checked.stdout.strip())
     if found: sys.exit("\n".join(found))
     print(f"{len(list(Path('_docs').rglob('*.html')))} pages, every link leads somewhere")
@@ -499,7 +596,8 @@ def main(
     arguments: Sequence[str] | None = None,  # a command and its arguments; those of the process by default
 ) -> None:
     "Run one command: `execute`, `readme`, `render`, `check`, or `run NOTEBOOK FLAG...`; exits with a message if it fails."
-    commands = dict(execute=execute, readme=_write_readme, check=_check, run=lambda path, *flags: run_notebook(path, flags),
+    commands = dict(execute=execute, readme=_write_readme, check=_check,
+                    run=lambda path, *flags: run_notebook(path, flags),
                     render=lambda: print(f"the site is at {render()/'index.html'}"))
     name, *rest = sys.argv[1:] if arguments is None else arguments or [""]
     if name not in commands: sys.exit(f"unknown command {name!r}; there are {', '.join(commands)}")

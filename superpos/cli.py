@@ -8,7 +8,23 @@ __all__ = ['main', 'Picture', 'report', 'do_dissect', 'Sources', 'do_circuit', '
            'do_data_check', 'do_info']
 
 # %% ../nbs/60_cli.ipynb #8df5e6e8
-import base64, dataclasses, difflib, html, importlib, inspect, json, math, os, platform, re, shutil, string, subprocess, sys, textwrap, warnings
+import base64
+import dataclasses
+import difflib
+import html
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import string
+import subprocess
+import sys
+import textwrap
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +32,19 @@ from pathlib import Path
 # %% ../nbs/60_cli.ipynb #68971d05
 class _Help(RawDescriptionHelpFormatter):
     "Keeps the lines of examples, and takes a % for what it is."
-    def __init__(self, prog): super().__init__(prog, max_help_position=28, width=min(110, shutil.get_terminal_size((100, 30))[0]))
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28,
+                         width=min(110, shutil.get_terminal_size((100, 30))[0]))
 
     def _expand_help(self, action):
-        off = "do not: " if action.option_strings[:1] and action.option_strings[0].startswith("--no-") else ""
+        off = ("do not: " if action.option_strings[:1]
+               and action.option_strings[0].startswith("--no-") else "")
         return off + re.sub(r" \(default: (|True|False)\)", "", action.help)
 
 def _commands() -> dict:
     "The commands by their names, of one word or two."
-    return {name[3:].replace("_", " "): f for name, f in globals().items() if name.startswith("do_")}
+    return {name[3:].replace("_", " "): f for name, f in globals().items()
+            if name.startswith("do_")}
 
 def _fields(name: str) -> list[type]:
     "The dataclasses whose fields are options of a command, beside its own."
@@ -39,28 +59,36 @@ def _parser(name: str) -> tuple[ArgumentParser, list[str]]:
     command, parts = _commands()[name], [anno_parser(fields) for fields in _fields(name)]
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     command.__signature__ = inspect.Signature(own)
-    needed, places = ([p.name for p in own if p.default is value] for value in (None, inspect.Parameter.empty))
-    usage = " ".join([f"superpos {name}", *map(str.upper, places), *(f"--{k} {k.upper()}" for k in needed), "[options]"])
-    parser = ArgumentParser(f"superpos {name}", usage, inspect.cleandoc(command.__doc__), parents=[anno_parser(command), *parts], formatter_class=_Help, conflict_handler="resolve")
+    needed, places = ([p.name for p in own if p.default is value]
+                      for value in (None, inspect.Parameter.empty))
+    usage = " ".join([f"superpos {name}", *map(str.upper, places),
+                      *(f"--{k} {k.upper()}" for k in needed), "[options]"])
+    parser = ArgumentParser(f"superpos {name}", usage, inspect.cleandoc(command.__doc__),
+                            parents=[anno_parser(command), *parts], formatter_class=_Help,
+                            conflict_handler="resolve")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser, needed
 
 def _overview() -> str:
-    lines = [f"  {name:<16}{inspect.cleandoc(f.__doc__).splitlines()[0]}" for name, f in _commands().items()]
-    return "\n".join(["usage: superpos COMMAND [options]", "", *lines, "", "`superpos COMMAND --help` shows each by example."])
+    lines = [f"  {name:<16}{inspect.cleandoc(f.__doc__).splitlines()[0]}"
+             for name, f in _commands().items()]
+    return "\n".join(["usage: superpos COMMAND [options]", "", *lines, "", "`superpos COMMAND "
+                      "--help` shows each by example."])
 
 # %% ../nbs/60_cli.ipynb #0e864c4c
 def _sentence(problem: Exception) -> str:
     "An error in one line."
     from superpos.core import MissingResult
     said = " ".join(str(problem).split())
-    meant = isinstance(problem, (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, MissingResult, ImportError)) and said
+    meant = isinstance(problem, (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError,
+                                 MissingResult, ImportError)) and said
     return said if meant else f"{type(problem).__name__}: {said or 'no reason is given'}; --debug shows where it comes from"
 
 def _kept(name: str, out: str) -> str:
     "What an interrupted command leaves behind, in words."
-    if name.startswith("studies"): return "runs that were finished are kept; `superpos studies resume` goes on from there"
+    if name.startswith("studies"):
+        return "runs that were finished are kept; `superpos studies resume` goes on from there"
     files = sorted(p for p in (Path(out)/"state").glob("[!.]*") if p.is_file()) if out else []
     if not files: return "nothing was finished yet, so the same command starts afresh"
     rows = sum(p.read_text().count("\n") - 1 for p in files if p.suffix == ".jsonl")
@@ -77,7 +105,8 @@ def main(
     try:
         parser, needed = _parser(name)
         given = vars(parser.parse_args(words[len(name.split()):]))
-        if missing := [f"--{k}" for k in needed if given[k] is None]: parser.error(f"the following options are required: {', '.join(missing)}")
+        if missing := [f"--{k}" for k in needed if given[k] is None]:
+            parser.error(f"the following options are required: {', '.join(missing)}")
     except SystemExit as end: return end.code
     except KeyboardInterrupt: return _say(name, "stopped; nothing was begun", 130)
     debug, as_json, _, _ = (given.pop(k) for k in ("debug", "json", "pdb", "xtra"))
@@ -86,11 +115,14 @@ def main(
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.showwarning = lambda message, category, file, *rest: f"{os.sep}torch" in file or _say(name, str(message), 0)
         try: found = known[name](**given)
-        except KeyboardInterrupt: return _say(name, f"stopped; {_kept(name, given.get('out', ''))}", 130)
+        except KeyboardInterrupt:
+            return _say(name, f"stopped; {_kept(name, given.get('out', ''))}", 130)
         except Exception as problem:
             if debug: raise
             return _say(name, _sentence(problem), 1)
-    try: print(json.dumps(_plain(found), ensure_ascii=False, allow_nan=False) if as_json else _text(found), flush=True)
+    try:
+        print(json.dumps(_plain(found), ensure_ascii=False, allow_nan=False) if as_json
+              else _text(found), flush=True)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has read enough
     return 0
 
@@ -102,7 +134,8 @@ def _not_a_command(words: list[str], known: Mapping) -> int:
     group = [n for n in known if words and n.startswith(f"{words[0]} ")]
     if not words or words[0] in ("-h", "--help"): print(_overview()); return 0
     if words == ["--version"]: print(importlib.import_module("superpos").__version__); return 0
-    if group and words[1:] in ([], ["-h"], ["--help"]): print("\n\n".join(f"{n}: {inspect.cleandoc(known[n].__doc__)}" for n in group)); return 0
+    if group and words[1:] in ([], ["-h"], ["--help"]):
+        print("\n\n".join(f"{n}: {inspect.cleandoc(known[n].__doc__)}" for n in group)); return 0
     asked = " ".join(words[:1 + bool(group)])
     near = difflib.get_close_matches(asked, known, n=3, cutoff=.5) or group or list(known)
     print(f"superpos: there is no command '{asked}'; there is {', '.join(near)}", file=sys.stderr)
@@ -122,19 +155,24 @@ def _plain(x):
 def _text(found: Mapping) -> str:
     "What a command found, for a reader: a line for each value, a paragraph for each group of values, and the tables."
     def lines(k, v) -> str:
-        if isinstance(v, Mapping): return f"\n{k}\n" + textwrap.indent("\n".join(lines(*item).lstrip("\n") for item in v.items()), "  ")
+        if isinstance(v, Mapping):
+            return f"\n{k}\n" + textwrap.indent("\n".join(lines(*item).lstrip("\n")
+                                                          for item in v.items()), "  ")
         if hasattr(v, "to_string"): return f"\n{_table(v)}" if len(v) else ""
         if isinstance(v, (list, tuple)): v = ", ".join(map(str, v))
-        return f"{k:<18}{v:,}" if type(v) is int else f"{k:<18}{_digits(v)}" if isinstance(v, float) else f"{k:<18}{v}"
+        return (f"{k:<18}{v:,}" if type(v) is int else f"{k:<18}{_digits(v)}"
+                if isinstance(v, float) else f"{k:<18}{v}")
     return "\n".join(filter(None, (lines(*item) for item in found.items())))
 
-def _digits(v: float) -> str: return "0" if abs(v) < 1e-12 else f"{v:.3g}" if abs(v) < 1000 else f"{v:,.0f}"
+def _digits(v: float) -> str:
+    return "0" if abs(v) < 1e-12 else f"{v:.3g}" if abs(v) < 1000 else f"{v:,.0f}"
 
 def _table(frame) -> str:
     "A data frame as text: numbers to the right, words to the left."
     columns = []
     for name, values in frame.items():
-        cells = [str(name), *("-" if v is None or v != v else _digits(v) if isinstance(v, float) else str(v) for v in values.tolist())]
+        cells = [str(name), *("-" if v is None or v != v else _digits(v) if isinstance(v, float)
+                              else str(v) for v in values.tolist())]
         align = str.rjust if values.dtype.kind in "iuf" else str.ljust
         columns.append([align(cell, max(map(len, cells))) for cell in cells])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
@@ -191,17 +229,23 @@ def report(
 ) -> Path:  # of `report.html`
     "Write a page that holds all it shows."
     from matplotlib import pyplot as plt
+
     from superpos.core import atomic_write
     out, text = Path(out), html.escape
     def part(x) -> str:
         if isinstance(x, str): return f"<p>{text(x)}</p>"
-        if hasattr(x, "to_html"): return f'<div class="table">{x.rename(columns=lambda c: str(c).replace("_", " ")).to_html(index=False, border=0, na_rep="–", float_format=_digits)}</div>'
-        with atomic_write(out/"figures"/f"{x.name}.png") as p: x.figure.savefig(p, format="png", dpi=110)
+        if hasattr(x, "to_html"):
+            return f'<div class="table">{x.rename(columns=lambda c: str(c).replace("_", " ")).to_html(index=False, border=0, na_rep="–", float_format=_digits)}</div>'
+        with atomic_write(out/"figures"/f"{x.name}.png") as p:
+            x.figure.savefig(p, format="png", dpi=110)
         plt.close(x.figure)
         data = base64.b64encode((out/"figures"/f"{x.name}.png").read_bytes()).decode()
         return f'<figure><img alt="{text(x.alt)}" src="data:image/png;base64,{data}"><figcaption>{text(x.caption)}</figcaption></figure>'
-    body = "\n".join(f"<section>\n<h2>{text(heading)}</h2>\n" + "\n".join(map(part, parts)) + "\n</section>" for heading, parts in sections.items())
-    with atomic_write(out/"report.html") as p: p.write_text(_template.substitute(title=text(title), lead=text(lead), body=body, about=text(about)), encoding="utf-8")
+    body = "\n".join(f"<section>\n<h2>{text(heading)}</h2>\n" + "\n".join(map(part, parts))
+                     + "\n</section>" for heading, parts in sections.items())
+    with atomic_write(out/"report.html") as p:
+        p.write_text(_template.substitute(title=text(title), lead=text(lead), body=body,
+                                          about=text(about)), encoding="utf-8")
     return out/"report.html"
 
 def _about(**given) -> str:
@@ -221,25 +265,35 @@ def _named(text: str, what: str):
     module, _, name = text.partition(":")
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: found = importlib.import_module(module)
-    except ImportError as problem: raise ValueError(f"{what} {text}: '{module}' cannot be imported ({problem}); run the command in the folder that holds {module.partition('.')[0]}.py") from problem
+    except ImportError as problem:
+        raise ValueError(f"{what} {text}: '{module}' cannot be imported ({problem}); run the "
+                         f"command in the folder that holds {module.partition('.')[0]}.py") from problem
     if hasattr(found, name): return getattr(found, name)
-    near = difflib.get_close_matches(name, dir(found), n=3) or [n for n, v in vars(found).items() if callable(v) and n[0] != "_"][:8]
-    raise ValueError(f"{what} {text}: '{module}' has no '{name}'; there is {', '.join(near) or 'nothing to call'}")
+    near = (difflib.get_close_matches(name, dir(found), n=3)
+            or [n for n, v in vars(found).items() if callable(v) and n[0] != "_"][:8])
+    raise ValueError(f"{what} {text}: '{module}' has no '{name}'; there is "
+                     f"{', '.join(near) or 'nothing to call'}")
 
 def _network(model: str, weights: str):
     "A network in evaluation mode, on the device. What no file gives a value to is random, but the same each time."
     import torch
     from torch import nn
+
     from superpos.core import default_device
     from superpos.model import _load_file, load_model
-    if ":" not in model and ("." in model or Path(f"{model}.py").exists()): raise ValueError(f"--model {model}: a network of your own is written module:function")
+    if ":" not in model and ("." in model or Path(f"{model}.py").exists()):
+        raise ValueError(f"--model {model}: a network of your own is written module:function")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if ":" not in model: return load_model(model, weights or None).to(default_device())
         build = _named(model, "--model")
         try: made = build()
-        except Exception as problem: raise ValueError(f"--model {model}: the function failed, called without arguments ({type(problem).__name__}: {problem})") from problem
-    if not isinstance(made, nn.Module): raise ValueError(f"--model {model}: the function returned a {type(made).__name__}, not a torch.nn.Module")
+        except Exception as problem:
+            raise ValueError(f"--model {model}: the function failed, called without arguments "
+                             f"({type(problem).__name__}: {problem})") from problem
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"--model {model}: the function returned a {type(made).__name__}, not a "
+                         "torch.nn.Module")
     if weights: _load_file(made, Path(weights))
     return made.eval().requires_grad_(False).to(default_device())
 
@@ -247,21 +301,29 @@ def _preparation(text: str):
     "What turns bytes into what a network takes."
     from superpos.model import imagenet_input
     known = {"": imagenet_input, "imagenet": imagenet_input, "plain": lambda x: x/255}
-    if text not in known and ":" not in text: raise ValueError(f"--prepare {text}: there is imagenet, plain (0..1), or module:function")
+    if text not in known and ":" not in text:
+        raise ValueError(f"--prepare {text}: there is imagenet, plain (0..1), or module:function")
     return known[text] if text in known else _named(text, "--prepare")
 
 def _images(where: str, size: int = 0, option: str = "--images"):
     "The images of a folder, or a set by its name, all of one size."
     from PIL import Image
+
     from superpos import data
-    sets = dict(shapes=lambda: data.shapes(4000), photographs=lambda: data.photographs(2000), digits=data.digits, cifar10=data.cifar10, tiny_imagenet=data.tiny_imagenet)
+    sets = dict(shapes=lambda: data.shapes(4000), photographs=lambda: data.photographs(
+        2000), digits=data.digits, cifar10=data.cifar10, tiny_imagenet=data.tiny_imagenet)
     name, _, part = where.partition(":")
     if not Path(where).is_dir() and name not in sets:
-        raise ValueError(f"{option} {where}: there is no such folder; give a folder of images, with a sub-folder for each class if there are classes, or one of {', '.join(sets)}")
+        raise ValueError(f"{option} {where}: there is no such folder; give a folder of images, "
+                         "with a sub-folder for each class if there are classes, or one of "
+                         f"{', '.join(sets)}")
     images = data.folder(where) if Path(where).is_dir() else sets[name](*[part] if part else [])
     if size: return images.fit(size)
-    found = {Image.open(p).size for p in images.source} if isinstance(images.source, tuple) else {images[0].shape[1:]}
-    if len(found) > 1: raise ValueError(f"{option} {where}: its {len(images)} images have {len(found)} sizes; give --size, such as --size 224, to make them alike")
+    found = ({Image.open(p).size for p in images.source} if isinstance(images.source, tuple)
+             else {images[0].shape[1:]})
+    if len(found) > 1:
+        raise ValueError(f"{option} {where}: its {len(images)} images have {len(found)} sizes; "
+                         "give --size, such as --size 224, to make them alike")
     return images
 
 def _numbers(text: str, option: str, kind=int) -> list:
@@ -270,7 +332,9 @@ def _numbers(text: str, option: str, kind=int) -> list:
         if kind is not int: return [kind(v) for v in text.split(",")]
         ends = [[int(v) for v in part.split("-")] for part in text.split(",")]
         return [n for first, *last in ends for n in range(first, (last or [first])[0] + 1)]
-    except ValueError: raise ValueError(f"{option} {text}: numbers are written as {'0,5,7-9' if kind is int else '0.01,0.05,0.2'}") from None
+    except ValueError:
+        raise ValueError(f"{option} {text}: numbers are written as "
+                         f"{'0,5,7-9' if kind is int else '0.01,0.05,0.2'}") from None
 
 # %% ../nbs/60_cli.ipynb #5a15d335
 def do_dissect(
@@ -307,69 +371,101 @@ def do_dissect(
 
         superpos dissect --model my.module:build --layer conv4 --images photos --units 0-4 --nulls 99
     """
-    import joblib, numpy as np, pandas as pd
+    import joblib
+    import numpy as np
+    import pandas as pd
+
     from superpos.core import atomic_write
-    from superpos.dissect import dissect, least
+    from superpos.dissect import dissect, min_images
     from superpos.model import find_layer
-    out, net, how = Path(out), _network(model, weights), dict(by=by, at=at, level=level, nulls=nulls, seed=seed)
+    out, net, how = (Path(out), _network(model, weights),
+                     dict(by=by, at=at, level=level, nulls=nulls, seed=seed))
     find_layer(net, layer)
     pictures, chosen = _images(images, size), _numbers(units, "--units") if units else None
-    if len(pictures) < least: raise ValueError(f"--images {images}: {len(pictures)} images are too few to look for groups; give at least {least}, better some thousands")
+    if len(pictures) < min_images:
+        raise ValueError(f"--images {images}: {len(pictures)} images are too few to look for "
+                         f"groups; give at least {min_images}, better some thousands")
     with joblib.parallel_config(n_jobs=workers):
-        found = dissect(net, layer, pictures, units=chosen, k=min(k, len(pictures)), prepare=_preparation(prepare), folder=out/"state", **how)
+        found = dissect(net, layer, pictures, units=chosen, k=min(k, len(pictures)),
+                        prepare=_preparation(prepare), folder=out/"state", **how)
     full = lambda name: str(Path(name).resolve()) if name and Path(name).exists() else name
-    given = dict(model=model, weights=full(weights), layer=layer, prepare=prepare, size=size, images=full(images))
+    given = dict(model=model, weights=full(weights), layer=layer, prepare=prepare, size=size,
+                 images=full(images))
     with atomic_write(out/"call.json") as p: p.write_text(json.dumps(given, indent=1))
     found.save(out/"dissection.json")
-    table = found.table.drop(columns=["images", "labels", "values"]).sort_values(["groups", "score"], ascending=False)
-    _write_table(out/"units.csv", table.assign(sizes=[" ".join(map(str, s)) for s in table["sizes"]]))
+    table = found.table.drop(columns=["images", "labels", "values"]).sort_values(
+        ["groups", "score"], ascending=False)
+    _write_table(out/"units.csv",
+                 table.assign(sizes=[" ".join(map(str, s)) for s in table["sizes"]]))
     files = list(map(str, pictures.source)) if isinstance(pictures.source, tuple) else ""
-    _write_table(out/"images.csv", pd.DataFrame(dict(image=np.arange(len(pictures)), file=files, label=np.array(pictures.classes)[pictures.labels])))
+    _write_table(out/"images.csv",
+                 pd.DataFrame(dict(image=np.arange(len(pictures)), file=files,
+                                   label=np.array(pictures.classes)[pictures.labels])))
     several = table[(table.groups > 1) & (table.q <= level)]
-    lead = (f"{len(table):,} units of {layer} saw {len(pictures):,} images. {f'{len(several):,}' if len(several) else 'None'} of them answer{'s'*(len(several) == 1)} "
+    lead = (f"{len(table):,} units of {layer} saw {len(pictures):,} images. "
+            f"{f'{len(several):,}' if len(several) else 'None'} of them "
+            f"answer{'s'*(len(several) == 1)} "
             f"to more than one group of images (q ≤ {level:g}, corrected for the number of units).")
-    page = report(out, f"{layer}, dissected", lead, _dissected(net, found, pictures, table, several, show, at), _about(**given, k=k, **how))
-    return dict(images=len(pictures), skipped=len(pictures.skipped), units=len(table), several_groups=len(several), report=page,
+    page = report(out, f"{layer}, dissected", lead,
+                  _dissected(net, found, pictures, table, several, show, at),
+                  _about(**given, k=k, **how))
+    return dict(images=len(pictures), skipped=len(pictures.skipped), units=len(table),
+                several_groups=len(several), report=page,
                 table=table[["name", "groups", "score", "q", "share"]])
 
 # %% ../nbs/60_cli.ipynb #4472df68
 def _dissected(net, found, pictures, table, several, show: int, at: str) -> dict[str, list]:
     "The sections of a report on a layer."
+    import numpy as np
     from matplotlib import pyplot as plt
+
     from superpos import plot
-    from superpos.cluster import telling
+    from superpos.cluster import enriched_classes
     from superpos.field import pathway
     from superpos.model import layers
-    import numpy as np
     plot.style()
     layer, level = found.about["layer"], found.about["level"]
     fig, ax = plt.subplots()
     ranked = table.sort_values("score", ascending=False)
     sure = ranked.index.isin(several.index)
-    for rows, colour, name in ((sure, plot.own, f"q ≤ {level:g}"), (~sure, plot.background, "not told apart from one group")):
+    for rows, colour, name in ((sure, plot.own, f"q ≤ {level:g}"),
+                               (~sure, plot.background, "not told apart from one group")):
         ax.scatter(np.arange(len(ranked))[rows], ranked.score[rows], s=16, color=colour, label=name)
     ax.set(xlabel="units, by score", ylabel="effective number of groups")
     ax.legend()
-    overview = Picture("overview", fig, "The polysemanticity score of every unit: the effective number of groups among its strongest images.",
-                       f"A falling row of {len(ranked)} dots, of which {len(several)} are coloured as having more than one group.")
+    overview = Picture("overview", fig, "The polysemanticity score of every unit: the effective "
+                       "number of groups among its strongest images.",
+                       f"A falling row of {len(ranked)} dots, of which {len(several)} are coloured "
+                       "as having more than one group.")
     columns = ["name", "groups", "score", "p", "q", "stability", "share", "mean", "deviation"]
-    meaning = ("groups: how many a unit's strongest images fall into. score: the effective number, in which a small group counts for little. p: of a single group; q: the same, "
-               "corrected for the number of units. stability: 1 if a cut in two comes out the same in every bootstrap sample. share: of the variance that lies between the groups. "
+    meaning = ("groups: how many a unit's strongest images fall into. score: the effective number, "
+               "in which a small group counts for little. p: of a single group; q: the same, "
+               "corrected for the number of units. stability: 1 if a cut in two comes out the same "
+               "in every bootstrap sample. share: of the variance that lies between the groups. "
                "mean, deviation: of the unit's values over all images.")
-    sections = {"All units": [overview, meaning, table[columns].head(200), "All rows and columns are in units.csv; the strongest images of each unit, group by group, in dissection.json."]}
-    see = pathway(net, layer, pictures[0].shape[1:]).crop if at == "centre" and layer in layers(net) else lambda image: image
+    sections = {"All units": [overview, meaning, table[columns].head(200), "All rows and columns "
+                              "are in units.csv; the strongest images of each unit, group by "
+                              "group, in dissection.json."]}
+    see = (pathway(net, layer, pictures[0].shape[1:]).crop if at == "centre"
+           and layer in layers(net) else lambda image: image)
     for unit in [*several.index, *(u for u in table.index if u not in several.index)][:show]:
         groups = found.groups(unit)
         if not groups: continue
         each = min(8, *map(len, groups))
-        grid = plot.images([see(pictures[int(i)]).numpy() for g in groups for i in g[:each]], columns=each)
+        grid = plot.images([see(pictures[int(i)]).numpy() for g in groups for i in g[:each]],
+                           columns=each)
         caption = f"The strongest images of {table.name[unit]}{', a row for each group' if len(groups) > 1 else ''}{', cut to what the unit sees' if at == 'centre' else ''}."
-        parts = [Picture(f"unit-{unit}", grid, caption, f"{len(groups)} row{'s'*(len(groups) > 1)} of {each} small images.")]
+        parts = [Picture(f"unit-{unit}", grid, caption, f"{len(groups)} row{'s'*(len(groups) > 1)} "
+                         f"of {each} small images.")]
         if len(groups) > 1 and len(pictures.classes) > 1:
             row = found.table.loc[unit]
-            words = telling(np.array(row["labels"]), np.array(pictures.classes)[pictures.labels[np.array(row["images"])]])
-            words = words[words.p <= .05].groupby("group").head(3).sort_values("group")[["name", "group", "inside", "outside", "odds", "p"]]
-            parts.append(words if len(words) else "No class is more frequent in one group than in the others (p ≤ 0.05).")
+            words = enriched_classes(np.array(row["labels"]),
+                                     np.array(pictures.classes)[
+                                         pictures.labels[np.array(row["images"])]])
+            words = words[words.p <= .05].groupby("group").head(3).sort_values("group")[
+                ["name", "group", "inside", "outside", "odds", "p"]]
+            parts.append(words if len(words) else "No class is more frequent in one group than in "
+                         "the others (p ≤ 0.05).")
         sections[table.name[unit]] = parts
     return sections
 
@@ -401,25 +497,35 @@ class _Task:
     given: dict
 
 def _task(unit: str, sources: Sources, seed: int) -> _Task:
-    import numpy as np, torch
+    import numpy as np
+    import torch
+
     from superpos.field import pathway
     from superpos.model import check_unit
     earlier, asked = _earlier(sources.dissection), dataclasses.asdict(sources)
-    given = {k: asked[k] or earlier.get(k, asked[k]) for k in ("model", "weights", "images", "prepare", "size")}
+    given = {k: asked[k] or earlier.get(k, asked[k])
+             for k in ("model", "weights", "images", "prepare", "size")}
     groups = {k: asked[k] for k in ("own", "other", "background")}
-    if not given["model"]: raise ValueError("which network? Give --model, or --dissection with a folder that `superpos dissect` wrote")
+    if not given["model"]:
+        raise ValueError("which network? Give --model, or --dissection with a folder that "
+                         "`superpos dissect` wrote")
     net, prepare = _network(given["model"], given["weights"]), _preparation(given["prepare"])
     unit = check_unit(net, unit)
     sets = _group_images(net, unit, groups, sources.dissection, given, seed)
     sizes = {images[0].shape for images in sets}
-    if len(sizes) > 1: raise ValueError(f"the groups have images of {len(sizes)} sizes; give --size, such as --size 224, to make them alike")
+    if len(sizes) > 1:
+        raise ValueError(f"the groups have images of {len(sizes)} sizes; give --size, such as "
+                         "--size 224, to make them alike")
     path, rng = pathway(net, unit.layer, sets[0][0].shape[1:]), np.random.default_rng(seed)
     learn, test, shown, device = [], [], [], next(net.parameters()).device
     for option, images in zip(("--own", "--other", "--background"), sets):
-        if len(images) < 5: raise ValueError(f"{option}: {len(images)} images are too few to learn from some and test on others; give at least 5")
+        if len(images) < 5:
+            raise ValueError(f"{option}: {len(images)} images are too few to learn from some and "
+                             "test on others; give at least 5")
         order = rng.permutation(len(images))[:_most]
         pixels = path.crop(torch.stack([images[int(i)] for i in order]))
-        crops, cut = path.crop(prepare(torch.stack([images[int(i)] for i in order]).to(device))), round(.6*len(order))
+        crops = path.crop(prepare(torch.stack([images[int(i)] for i in order]).to(device)))
+        cut = round(.6*len(order))
         learn.append(crops[:cut]); test.append(crops[cut:]); shown.append(pixels[:8].numpy())
     names = [images.name for images in sets]
     if names[0] == names[1]: names[:2] = f"{names[0]} (own)", f"{names[1]} (other)"
@@ -429,41 +535,70 @@ def _earlier(dissection: str) -> dict:
     "What the command was given that wrote a folder."
     if not dissection: return {}
     path = Path(dissection)/"call.json"
-    if not path.exists(): raise ValueError(f"--dissection {dissection}: there is no finished dissection; `superpos dissect --out {dissection} ...` makes one")
+    if not path.exists():
+        raise ValueError(f"--dissection {dissection}: there is no finished dissection; `superpos "
+                         f"dissect --out {dissection} ...` makes one")
     return json.loads(path.read_text())
 
-def _group_images(net, unit, groups: dict[str, str], dissection: str, given: dict, seed: int) -> list:
+def _group_images(net, unit, groups: dict[str, str], dissection: str, given: dict,
+                  seed: int) -> list:
     "Images of own, other and background: those of folders, or of a unit's groups in a dissection."
     import numpy as np
+
     from superpos.dissect import Dissection
     from superpos.model import fingerprint
     numbered = [k for k, text in groups.items() if text.isdecimal() or not text]
-    if numbered and not dissection: raise ValueError(f"--{numbered[0]} {groups[numbered[0]]}: give a folder of images, or --dissection with a folder that `superpos dissect` wrote".replace("  ", " "))
-    if not numbered: return [dataclasses.replace(images := _images(text, given["size"], f"--{k}"), name=Path(text).name) for k, text in groups.items()]
-    found, images = Dissection.load(Path(dissection)/"dissection.json"), _images(given["images"], given["size"])
+    if numbered and not dissection:
+        raise ValueError(f"--{numbered[0]} {groups[numbered[0]]}: give a folder of images, or "
+                         "--dissection with a folder that `superpos dissect` wrote".replace(
+                             "  ", " "))
+    if not numbered:
+        return [dataclasses.replace(images := _images(text, given["size"], f"--{k}"),
+                                    name=Path(text).name) for k, text in groups.items()]
+    found = Dissection.load(Path(dissection)/"dissection.json")
+    images = _images(given["images"], given["size"])
     about = found.about
-    if about["layer"] != unit.layer: raise ValueError(f"--dissection {dissection} is of layer '{about['layer']}', not of '{unit.layer}'")
-    if about["at"] != "centre": raise ValueError(f"--dissection {dissection} looks at the {about['at']} of a unit's map; a circuit is found for the centre, so dissect with --at centre")
-    if about["model"] != fingerprint(net): raise ValueError(f"--dissection {dissection} is of other weights than these; give the --weights it was made with")
-    if about["images"] != [images.name, len(images), *images[0].shape]: raise ValueError(f"--dissection {dissection} is of other images than {given['images']} holds now")
+    if about["layer"] != unit.layer:
+        raise ValueError(f"--dissection {dissection} is of layer '{about['layer']}', not of "
+                         f"'{unit.layer}'")
+    if about["at"] != "centre":
+        raise ValueError(f"--dissection {dissection} looks at the {about['at']} of a unit's map; a "
+                         "circuit is found for the centre, so dissect with --at centre")
+    if about["model"] != fingerprint(net):
+        raise ValueError(f"--dissection {dissection} is of other weights than these; give the "
+                         "--weights it was made with")
+    if about["images"] != [images.name, len(images), *images[0].shape]:
+        raise ValueError(f"--dissection {dissection} is of other images than {given['images']} "
+                         "holds now")
     parts, sets = found.groups(unit.index), []
     for k, text in groups.items():
         if k == "background" and not text:
             rest = np.setdiff1d(np.arange(len(images)), found.table.loc[unit.index, "images"])
-            sets.append(dataclasses.replace(images.select(np.random.default_rng(seed).permutation(rest)[:_most]), name="background"))
-        elif not text.isdecimal(): sets.append(dataclasses.replace(_images(text, given["size"], f"--{k}"), name=Path(text).name))
-        elif int(text) < len(parts): sets.append(dataclasses.replace(images.select(parts[int(text)]), name=f"group {text}"))
+            sets.append(
+                dataclasses.replace(images.select(np.random.default_rng(seed).permutation(rest)[
+                    :_most]), name="background"))
+        elif not text.isdecimal():
+            sets.append(dataclasses.replace(_images(text, given["size"], f"--{k}"),
+                                            name=Path(text).name))
+        elif int(text) < len(parts):
+            sets.append(dataclasses.replace(images.select(parts[int(text)]), name=f"group {text}"))
         else:
             others = found.table[found.table.groups > int(text)].name.head(5)
-            raise ValueError(f"--{k} {text}: {unit} has {len(parts)} group{'s'*(len(parts) != 1)} of images; units with more are {', '.join(others) or 'none'}")
+            raise ValueError(f"--{k} {text}: {unit} has {len(parts)} group{'s'*(len(parts) != 1)} "
+                             f"of images; units with more are {', '.join(others) or 'none'}")
     return sets
 
 # %% ../nbs/60_cli.ipynb #4a7691d7
-_measures = "auroc_other", "auroc_background", "correlation", "slope", "mean_own", "mean_other", "mean_background"
-_in_words = {"auroc_other": "AUROC over other", "auroc_background": "AUROC over background", "auroc_other_before": "AUROC over other, whole network",
-             "auroc_background_before": "AUROC over background, whole network", "mean_own": "mean, own", "mean_other": "mean, other", "mean_background": "mean, background"}
+_measures = ("auroc_other", "auroc_background", "correlation", "slope", "mean_own", "mean_other",
+             "mean_background")
+_in_words = {"auroc_other": "AUROC over other", "auroc_background": "AUROC over background",
+             "auroc_other_before": "AUROC over other, whole network",
+             "auroc_background_before": "AUROC over background, whole network",
+             "mean_own": "mean, own", "mean_other": "mean, other",
+             "mean_background": "mean, background"}
 
-def _mask(task: _Task, unit: int, own: int, method: str, keep: float, per: str, objective: str, steps: int, seed: int, state: Path):
+def _mask(task: _Task, unit: int, own: int, method: str, keep: float, per: str, objective: str,
+          steps: int, seed: int, state: Path):
     "A unit's mask for one of the two groups, its layout, and how sure a learned one is."
     from superpos import score
     from superpos.mask import Layout
@@ -471,35 +606,49 @@ def _mask(task: _Task, unit: int, own: int, method: str, keep: float, per: str, 
     path, (x, other, background) = task.path, (task.learn[own], task.learn[1 - own], task.learn[2])
     if method == "learned":
         state.mkdir(parents=True, exist_ok=True)
-        found = sparsify(path, unit, x, other, background, keep, objective, per=per, steps=steps, seed=seed, resume=state/f"{task.unit.layer}-{unit}-{own}.pt", every=5)
+        found = sparsify(path, unit, x, other, background, keep, objective, per=per, steps=steps,
+                         seed=seed, resume=state/f"{task.unit.layer}-{unit}-{own}.pt", every=5)
         return found.mask, found.layout, dict(undecided=found.undecided, gap=found.gap)
-    known = {name: (x,) for name in ("snip", "actgrad", "taylor")} | dict(magnitude=(), force=(x, keep), iter_snip=(x, keep))
-    if method not in known: raise ValueError(f"--method {method}: there is learned, {', '.join(known)}")
+    known = (dict.fromkeys(("snip", "actgrad", "taylor"), (x,))
+             | dict(magnitude=(), force=(x, keep), iter_snip=(x, keep)))
+    if method not in known:
+        raise ValueError(f"--method {method}: there is learned, {', '.join(known)}")
     layout = Layout.of(path, unit, per)
-    return score.keep_top(layout.flatten(getattr(score, method)(path, unit, *known[method], per=per)), keep), layout, {}
+    return score.keep_top(layout.flatten(getattr(score, method)(path, unit, *known[method],
+                                                                per=per)), keep), layout, {}
 
 def _card(task: _Task, unit: int, own: int, mask, layout) -> dict:
     "How a circuit does on the images that were held out."
-    from superpos.circuit import card, respond
-    pair = [(respond(task.path, unit, x, mask, layout), respond(task.path, unit, x)) for x in task.test]
-    return card(pair[own], pair[1 - own], pair[2])
+    from superpos.circuit import respond, scorecard
+    pair = [(respond(task.path, unit, x, mask, layout), respond(task.path, unit, x))
+            for x in task.test]
+    return scorecard(pair[own], pair[1 - own], pair[2])
 
 def _tests(task: _Task, own: int, mask, layout, seed: int) -> list[dict]:
     "A row for each way of taking parameters away: the whole network, the circuit, its complement, a random mask."
     from superpos.circuit import faithfulness
     from superpos.mask import random_like
     groups = task.test[own], task.test[1 - own], task.test[2]
-    if task.path.exact_crop: tests = faithfulness(task.path, task.unit.index, mask, layout, *groups, seed)
-    else: tests = {k: _card(task, task.unit.index, own, m, layout) for k, m in dict(circuit=mask, complement=~mask, random=random_like(mask, layout, seed)).items()}
+    if task.path.exact_crop:
+        tests = faithfulness(task.path, task.unit.index, mask, layout, *groups, seed)
+    else:
+        tests = {k: _card(task, task.unit.index, own, m, layout)
+                 for k, m in dict(circuit=mask, complement=~mask,
+                                  random=random_like(mask, layout, seed)).items()}
     whole = {k: tests["circuit"].get(f"{k}_before", 1.) for k in _measures}
-    return [dict(group=task.names[own], test=name, **{k: row[k] for k in _measures}) for name, row in {"whole network": whole, **tests}.items()]
+    return [dict(group=task.names[own], test=name, **{k: row[k] for k in _measures})
+            for name, row in {"whole network": whole, **tests}.items()]
 
 def _controls(task: _Task, count: int, seed: int) -> list[int]:
     "Other units of the layer, drawn among those that are not constant."
-    import numpy as np, torch
-    with torch.no_grad(): alive = torch.cat([task.path(x) for group in task.learn for x in group.split(64)]).std(0) > 0
+    import numpy as np
+    import torch
+    with torch.no_grad():
+        alive = torch.cat([task.path(x) for group in task.learn for x in group.split(64)]).std(
+            0) > 0
     others = [u for u in alive.nonzero().ravel().tolist() if u != task.unit.index]
-    return np.random.default_rng(seed).choice(others, min(count, len(others)), replace=False).tolist()
+    return np.random.default_rng(seed).choice(others, min(count, len(others)),
+                                              replace=False).tolist()
 
 # %% ../nbs/60_cli.ipynb #cdd39ba8
 def do_circuit(
@@ -528,78 +677,116 @@ def do_circuit(
         superpos circuit --model alexnet --weights DEFAULT --unit features.10:9 --own dogs --other cans --background photos --size 224 --method snip
     """
     import pandas as pd
-    from superpos.circuit import Circuit, null, overlap
+
+    from superpos.circuit import Circuit, against_controls, overlap
     from superpos.core import atomic_write
     out = Path(out)
     task = _task(unit, Sources(**sources), seed)
-    if controls < 0: raise ValueError(f"--controls {controls}: give a number of other units, or 0 for none")
+    if controls < 0:
+        raise ValueError(f"--controls {controls}: give a number of other units, or 0 for none")
     u, names, masks = task.unit.index, task.names, {}
-    settings = dict(keep=keep, per=per, seed=seed) | (dict(objective=objective, steps=steps) if method == "learned" else {})
+    settings = (dict(keep=keep, per=per, seed=seed) | (dict(objective=objective, steps=steps)
+                                                       if method == "learned" else {}))
     def recipe(path, v):
-        masks[v] = [_mask(task, v, own, method, keep, per, objective, steps, seed, out/"state") for own in (0, 1)]
-        return {(names[own], k): x for own in (0, 1) for k, x in _card(task, v, own, *masks[v][own][:2]).items() if k.removesuffix("_before") in _measures[:3]}
+        masks[v] = [_mask(task, v, own, method, keep, per, objective, steps, seed, out/"state")
+                    for own in (0, 1)]
+        return {(names[own], k): x for own in (0, 1)
+                for k, x in _card(task, v, own, *masks[v][own][:2]).items()
+                if k.removesuffix("_before") in _measures[:3]}
     chosen = _controls(task, controls, seed)
-    judged = null(recipe, task.path, u, chosen, seed) if chosen else {k: dict(value=x, controls=[]) for k, x in recipe(task.path, u).items()}
+    judged = (against_controls(recipe, task.path, u, chosen, seed) if chosen
+              else {k: dict(value=x, controls=[]) for k, x in recipe(task.path, u).items()})
     for own, (mask, layout, sure) in enumerate(masks[u]):
-        Circuit.of(task.path.model, task.unit, mask, layout, names[own], method, **settings, **sure).save(out/f"{_slug(names[own])}.safetensors")
+        Circuit.of(task.path.model, task.unit, mask, layout, names[own], method, **settings,
+                   **sure).save(out/f"{_slug(names[own])}.safetensors")
         if sure.get("undecided", 0) >= .01 or sure.get("gap", 0) >= .5:
-            warnings.warn(f"{names[own]}: {sure['undecided']:.1%} of the mask is undecided, and rounding moved the response by {sure['gap']:.2f} deviations; take more --steps")
-    cards = pd.DataFrame([row for own in (0, 1) for row in _tests(task, own, *masks[u][own][:2], seed)])
+            warnings.warn(f"{names[own]}: {sure['undecided']:.1%} of the mask is undecided, and "
+                          f"rounding moved the response by {sure['gap']:.2f} deviations; take more "
+                          "--steps")
+    cards = pd.DataFrame([row for own in (0, 1)
+                          for row in _tests(task, own, *masks[u][own][:2], seed)])
     mean = lambda row: sum(row["controls"])/len(row["controls"])
-    beside = pd.DataFrame([dict(group=g, measure=k, value=row["value"], controls=mean(row), excess=row["excess"], p=row["p"]) for (g, k), row in judged.items() if chosen])
+    beside = pd.DataFrame([dict(group=g, measure=k, value=row["value"], controls=mean(row),
+                                excess=row["excess"], p=row["p"]) for (g, k), row in judged.items()
+                           if chosen])
     shared = pd.DataFrame(overlap(masks[u][0][0], masks[u][1][0], masks[u][0][1]))
-    for name, frame in dict(cards=cards, controls=beside, shared=shared).items(): _write_table(out/f"{name}.csv", frame)
+    for name, frame in dict(cards=cards, controls=beside, shared=shared).items():
+        _write_table(out/f"{name}.csv", frame)
     kept = masks[u][0][0].float().mean().item()
     def told(own: int) -> str:
         after, before = (judged[names[own], f"auroc_other{when}"] for when in ("", "_before"))
-        there = f"; control units: {mean(before):.2f} before, {mean(after):.2f} after" if chosen else ""
+        there = (f"; control units: {mean(before):.2f} before, {mean(after):.2f} after" if chosen
+                 else "")
         return f"On {kept:.1%} of its parameters {task.unit} ranks {names[own]} above {names[1 - own]} with probability {after['value']:.2f} (whole network: {before['value']:.2f}{there})."
     tested = " and ".join(str(len(x)) for x in task.test[:2])
     lead = f"{told(0)} {told(1)} All numbers are from images that were not learned from: {tested} of the two groups."
-    page = report(out, f"Two circuits of {task.unit}", lead, _circuits(task, masks[u], cards, beside, shared, chosen),
-                  _about(unit=unit, own=names[0], other=names[1], **task.given, method=method, **settings, controls=chosen))
-    summary = dict(unit=str(task.unit), keep=kept, groups=names[:2], learned_from=[len(x) for x in task.learn], tested_on=[len(x) for x in task.test], controls=chosen,
+    page = report(out, f"Two circuits of {task.unit}", lead,
+                  _circuits(task, masks[u], cards, beside, shared, chosen),
+                  _about(unit=unit, own=names[0], other=names[1], **task.given, method=method,
+                         **settings, controls=chosen))
+    summary = dict(unit=str(task.unit), keep=kept, groups=names[:2],
+                   learned_from=[len(x) for x in task.learn], tested_on=[len(x) for x in task.test],
+                   controls=chosen,
                    jaccard=shared.jaccard.iloc[-1], expected=shared.expected.iloc[-1])
-    everything = dict(summary, method=method, settings=settings, given=task.given, cards=cards, control_units=beside, shared=shared)
-    with atomic_write(out/"summary.json") as p: p.write_text(json.dumps(_plain(everything), indent=1))
-    few = cards[cards.test.isin(["whole network", "circuit", "random"])][["group", "test", *_measures[:4]]]
+    everything = dict(summary, method=method, settings=settings, given=task.given, cards=cards,
+                      control_units=beside, shared=shared)
+    with atomic_write(out/"summary.json") as p:
+        p.write_text(json.dumps(_plain(everything), indent=1))
+    few = cards[cards.test.isin(["whole network", "circuit", "random"])][
+        ["group", "test", *_measures[:4]]]
     return dict(summary, report=page, cards=few, control_units=beside)
 
 def _slug(name: str) -> str: return re.sub(r"\W+", "-", name).strip("-") or "group"
 
 # %% ../nbs/60_cli.ipynb #b5c7a260
-def _circuits(task: _Task, masks: list, cards, beside, shared, chosen: list[int]) -> dict[str, list]:
+def _circuits(task: _Task, masks: list, cards, beside, shared,
+              chosen: list[int]) -> dict[str, list]:
     "The sections of a report on two circuits."
     from superpos import plot
     plot.style()
-    words = ("AUROC: the probability that an image of the group drives the unit more than one of the others. Correlation and slope compare the unit's response on the circuit with "
-             "that on the whole network, within the group. Means are of its response before the ReLU. What is not in the circuit is nought"
+    words = ("AUROC: the probability that an image of the group drives the unit more than one of "
+             "the others. Correlation and slope compare the unit's response on the circuit with "
+             "that on the whole network, within the group. Means are of its response before the "
+             "ReLU. What is not in the circuit is nought"
              f"{'; on mean and resample it is what the background gives there, on average or by one of its images' if task.path.exact_crop else ''}. "
-             "The complement is the network without the circuit; random masks keep as many parameters in each layer.")
-    units = (f"The same recipe on {len(chosen)} other units of the layer, with the same images. A separation that they reach too says nothing about this unit; p is the share of units, "
-             "this one included, that reach as much." if chosen else "No control units were asked for, so a separation is no evidence by itself.")
+             "The complement is the network without the circuit; random masks keep as many "
+             "parameters in each layer.")
+    units = (f"The same recipe on {len(chosen)} other units of the layer, with the same images. A "
+             "separation that they reach too says nothing about this unit; p is the share of "
+             "units, "
+             "this one included, that reach as much." if chosen else "No control units were asked "
+             "for, so a separation is no evidence by itself.")
     share = "Jaccard index of the two masks, layer by layer, beside what independent masks of the same sizes would have (95 % range)."
-    strips = [Picture(f"images-{k}", plot.images(list(x), columns=8), f"Images of {name}, cut to what the unit sees.", f"A row of {len(x)} small images.")
+    strips = [Picture(f"images-{k}", plot.images(list(x), columns=8), f"Images of {name}, cut to "
+                      "what the unit sees.", f"A row of {len(x)} small images.")
               for k, (name, x) in enumerate(zip(task.names, task.shown))]
-    of = lambda frame, name: frame[frame.group == name].drop(columns="group").replace(dict(measure=_in_words)).rename(columns=_in_words)
-    circuits = {f"The circuit for {name}": [of(cards, name), *_diagram(task, own, *masks[own][:2])] for own, name in enumerate(task.names[:2])}
-    rows = [part for name in task.names[:2] for part in (f"For {name}:", of(beside, name))] if chosen else []
-    return {"The images": strips, "How to read the tables": [words], **circuits, "Control units": [units, *rows], "What the two share": [share, shared]}
+    of = lambda frame, name: frame[frame.group == name].drop(columns="group").replace(
+        dict(measure=_in_words)).rename(columns=_in_words)
+    circuits = {f"The circuit for {name}": [of(cards, name), *_diagram(task, own, *masks[own][:2])]
+                for own, name in enumerate(task.names[:2])}
+    rows = ([part for name in task.names[:2] for part in (f"For {name}:", of(beside, name))]
+            if chosen else [])
+    return {"The images": strips, "How to read the tables": [words], **circuits,
+            "Control units": [units, *rows], "What the two share": [share, shared]}
 
 def _diagram(task: _Task, own: int, mask, layout) -> list:
     "The strongest paths of a circuit, where it is a chain of convolutions."
     from superpos import plot
     from superpos.circuit import skeleton
-    if not task.path.exact_crop: return [f"There is no diagram: it follows chains of convolutions, and {task.path.why}."]
+    if not task.path.exact_crop:
+        return [f"There is no diagram: it follows chains of convolutions, and {task.path.why}."]
     try: bones = skeleton(task.path, task.unit.index, mask, layout, task.test[own])
     except ValueError as problem: return [f"There is no diagram: {problem}."]
     first, filters = task.path.parameters()[layout.names[0]].detach().cpu(), {}
     if len(bones.layers) > 2 and first.shape[1] == 3 and first.shape[-1] > 1:
-        for place, f in enumerate(first[list(bones.nodes[1])]): filters[1, place] = ((f - f.min())/(f.max() - f.min()).clamp(min=1e-9)).numpy()
+        for place, f in enumerate(first[list(bones.nodes[1])]):
+            filters[1, place] = ((f - f.min())/(f.max() - f.min()).clamp(min=1e-9)).numpy()
     colours = [("red", "green", "blue")[c] for c in bones.nodes[0]]
     figure = plot.circuit_diagram(bones.layers, [colours, *bones.nodes[1:]], bones.edges, filters)
     caption = f"The strongest paths of the circuit, which hold {bones.share:.0%} of its strength. Blue raises the unit, orange lowers it; width is strength."
-    return [Picture(f"diagram-{own}", figure, caption, f"{len(bones.layers)} columns of nodes, from the colours of the image to the unit, joined by {len(bones.edges)} lines.")]
+    return [Picture(f"diagram-{own}", figure, caption, f"{len(bones.layers)} columns of nodes, "
+                    f"from the colours of the image to the unit, joined by {len(bones.edges)} "
+                    "lines.")]
 
 # %% ../nbs/60_cli.ipynb #d8b66d80
 def do_sparsify(
@@ -628,6 +815,7 @@ def do_sparsify(
     """
     import joblib
     from matplotlib import pyplot as plt
+
     from superpos import plot
     from superpos.mask import random_like
     from superpos.sparsify import frontier
@@ -635,34 +823,51 @@ def do_sparsify(
     if seeds < 1: raise ValueError(f"--seeds {seeds}: give at least one training of each size")
     task = _task(unit, Sources(**sources), seed)
     def measure(learned):
-        masks = {"": learned.mask, "random_": random_like(learned.mask, learned.layout, learned.recipe.seed)}
-        return {f"{name}{k}": v for name, mask in masks.items() for k, v in _card(task, task.unit.index, 0, mask, learned.layout).items() if k in _measures[:3]}
+        masks = {"": learned.mask, "random_": random_like(learned.mask, learned.layout,
+                                                          learned.recipe.seed)}
+        return {f"{name}{k}": v for name, mask in masks.items()
+                for k, v in _card(task, task.unit.index, 0, mask, learned.layout).items()
+                if k in _measures[:3]}
     (out/"state").mkdir(parents=True, exist_ok=True)
     with joblib.parallel_config(n_jobs=workers):
-        table = frontier(task.path, task.unit.index, *task.learn, sizes, range(seeds), objective, measure, out/"state", per=per, steps=steps).drop(columns="learned")
+        table = frontier(task.path, task.unit.index, *task.learn, sizes, range(seeds), objective,
+                         measure, out/"state", per=per, steps=steps).drop(columns="learned")
     _write_table(out/"frontier.csv", table)
     before = _card(task, task.unit.index, 0, None, None)
     plot.style()
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for ax, k, title in zip(axes, ("auroc_other", "correlation"), (f"AUROC over {task.names[1]}", "Correlation with its own response")):
-        for prefix, colour, name in (("", plot.own, "learned"), ("random_", plot.background, "random")):
+    for ax, k, title in zip(axes, ("auroc_other", "correlation"),
+                            (f"AUROC over {task.names[1]}", "Correlation with its own response")):
+        for prefix, colour, name in (("", plot.own, "learned"),
+                                     ("random_", plot.background, "random")):
             rows = table.pivot(index="seed", columns="keep", values=prefix + k)
             plot.band(rows.columns, rows.values, ax, colour, name)
-        if k == "auroc_other": ax.axhline(before["auroc_other"], ls="--", lw=1, color=plot.palette["grey"], label="whole network")
+        if k == "auroc_other":
+            ax.axhline(before["auroc_other"], ls="--", lw=1, color=plot.palette["grey"],
+                       label="whole network")
         ax.set(xscale="log", xlabel="kept", title=title)
         ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
         ax.minorticks_off()
     axes[0].legend()
-    means = table.groupby("keep", as_index=False)[["auroc_other", "random_auroc_other", "correlation", "random_correlation", "undecided", "gap"]].mean()
-    picture = Picture("frontier", fig, f"{task.unit} on ever smaller circuits for {task.names[0]}: means over {seeds} seeds, and their range.",
-                      "Two panels with a line for learned masks and one for random masks, over the fraction kept.")
-    lead = (f"On the whole network {task.unit} ranks {task.names[0]} above {task.names[1]} with probability {before['auroc_other']:.2f}. "
+    means = table.groupby("keep", as_index=False)[["auroc_other", "random_auroc_other",
+                                                   "correlation", "random_correlation", "undecided",
+                                                   "gap"]].mean()
+    picture = Picture("frontier", fig, f"{task.unit} on ever smaller circuits for {task.names[0]}: "
+                      f"means over {seeds} seeds, and their range.",
+                      "Two panels with a line for learned masks and one for random masks, over the "
+                      "fraction kept.")
+    lead = (f"On the whole network {task.unit} ranks {task.names[0]} above {task.names[1]} with "
+            f"probability {before['auroc_other']:.2f}. "
             "All numbers are from images that were not learned from.")
-    sure = ("undecided: the share of a mask that the training left between keeping and dropping; gap: how far rounding it moves the response, in deviations. "
+    sure = ("undecided: the share of a mask that the training left between keeping and dropping; "
+            "gap: how far rounding it moves the response, in deviations. "
             "Where they are not small (0.01, 0.5), take more steps.")
-    page = report(out, f"{task.unit}: how little is enough", lead, {"The frontier": [picture, means, sure], "All trainings": [table]},
-                  _about(unit=unit, **task.given, keeps=keeps, seeds=seeds, per=per, objective=objective, steps=steps, seed=seed))
-    return dict(unit=str(task.unit), groups=task.names[:2], auroc_before=before["auroc_other"], report=page, table=means)
+    page = report(out, f"{task.unit}: how little is enough", lead,
+                  {"The frontier": [picture, means, sure], "All trainings": [table]},
+                  _about(unit=unit, **task.given, keeps=keeps, seeds=seeds, per=per,
+                         objective=objective, steps=steps, seed=seed))
+    return dict(unit=str(task.unit), groups=task.names[:2], auroc_before=before["auroc_other"],
+                report=page, table=means)
 
 # %% ../nbs/60_cli.ipynb #dfd98837
 def do_label(
@@ -688,8 +893,10 @@ def do_label(
 
         superpos label --images cifar10 --test cifar10:test --network resnet18_3x3
     """
-    import numpy as np, pandas as pd
+    import numpy as np
+    import pandas as pd
     from matplotlib import pyplot as plt
+
     from superpos import plot
     from superpos.core import atomic_write, encode
     from superpos.learn import Plan, experiment
@@ -697,22 +904,30 @@ def do_label(
     if test: held_out = _images(test, size, "--test")
     else:
         order = np.random.default_rng(plan.seed).permutation(len(pool))
-        pool, held_out = pool.select(np.sort(order[len(pool)//5:])), pool.select(np.sort(order[:len(pool)//5]))
+        pool, held_out = (pool.select(np.sort(order[len(pool)//5:])),
+                          pool.select(np.sort(order[:len(pool)//5])))
     (out/"state").mkdir(parents=True, exist_ok=True)
     found = experiment(plan, pool, held_out, folder=out/"state", every=10)
-    table = pd.DataFrame(dict(loop=np.arange(len(found.labelled)), labelled=found.labelled, steps=found.steps, accuracy=found.accuracy, loss=found.loss, ece=found.ece))
+    table = pd.DataFrame(dict(loop=np.arange(len(found.labelled)), labelled=found.labelled,
+                              steps=found.steps, accuracy=found.accuracy, loss=found.loss,
+                              ece=found.ece))
     _write_table(out/"loops.csv", table)
     with atomic_write(out/"record.json") as p: p.write_text(json.dumps(encode(found.as_dict())))
     plot.style()
     fig, ax = plt.subplots(figsize=(6, 3))
     ax.plot(table.labelled, table.accuracy, "o-", color=plot.own)
     ax.set(xlabel="labelled images", ylabel="accuracy", title=f"{plan.strategy}, {plan.protocol}")
-    picture = Picture("accuracy", fig, "Accuracy on images that were not learned from, by how many are labelled.", f"A line through {len(table)} points, one for each loop.")
+    picture = Picture("accuracy", fig, "Accuracy on images that were not learned from, by how many "
+                      "are labelled.", f"A line through {len(table)} points, one for each loop.")
     counts = pd.DataFrame(found.counts, columns=list(pool.classes)).assign(loop=table.loop)
     lead = f"With {table.labelled.iloc[-1]:,} labels chosen by {plan.strategy}, accuracy is {table.accuracy.iloc[-1]:.1%} on {len(held_out):,} images. One seed says little about a strategy: compare several."
-    page = report(out, "Training with few labels", lead, {"Accuracy": [picture, table], "What was asked for": [counts[["loop", *pool.classes]]] if len(pool.classes) <= 20 else []},
+    page = report(out, "Training with few labels", lead,
+                  {"Accuracy": [picture, table],
+                   "What was asked for": [counts[["loop", *pool.classes]]]
+                   if len(pool.classes) <= 20 else []},
                   _about(images=images, test=test, size=size, **dataclasses.asdict(plan)))
-    return dict(images=len(pool), test=len(held_out), strategy=plan.strategy, protocol=plan.protocol, report=page, table=table)
+    return dict(images=len(pool), test=len(held_out), strategy=plan.strategy,
+                protocol=plan.protocol, report=page, table=table)
 
 # %% ../nbs/60_cli.ipynb #adf2f7d8
 def do_toy(
@@ -739,43 +954,60 @@ def do_toy(
 
         superpos toy --n 20 --m 5 --density 1,0.3,0.1,0.03 --decay 1
     """
-    import pandas as pd, torch
+    import pandas as pd
+    import torch
     from matplotlib import pyplot as plt
+
     from superpos import plot
     from superpos.geometry import dimensionality
-    from superpos.toy import Features, best, expected_loss, train
+    from superpos.toy import Features, best_seed, expected_loss, train
     densities = _numbers(density, "--density", float)
     features = Features(n, torch.tensor(densities)[:, None], decay**torch.arange(n))
     run = train(features, m, kind, seeds=range(seeds), steps=steps, batch=batch, lr=lr)
-    toy = best(run.toy, losses := expected_loss(run.toy, features))
+    toy = best_seed(run.toy, losses := expected_loss(run.toy, features))
     toy.save(Path(out)/"toy.safetensors")
-    table = pd.DataFrame([dict(density=p, feature=i, importance=decay**i, norm=w.norm().item(), dimensionality=d.item())
-                          for p, W in zip(densities, toy.W[:, 0]) for i, (w, d) in enumerate(zip(W.T, dimensionality(W)))])
+    table = pd.DataFrame([dict(density=p, feature=i, importance=decay**i, norm=w.norm().item(),
+                               dimensionality=d.item())
+                          for p, W in zip(densities, toy.W[:, 0])
+                          for i, (w, d) in enumerate(zip(W.T, dimensionality(W)))])
     _write_table(Path(out)/"features.csv", table)
-    summary = pd.DataFrame([dict(density=p, loss=l, represented=int((W.norm(dim=0) > .5).sum())) for p, l, W in zip(densities, losses.amin(1).tolist(), toy.W[:, 0])])
+    summary = pd.DataFrame([dict(density=p, loss=l, represented=int((W.norm(dim=0) > .5).sum()))
+                            for p, l, W in zip(densities, losses.amin(1).tolist(), toy.W[:, 0])])
     plot.style()
-    fig, axes = plt.subplots(1 + (m == 2), len(densities), figsize=(2.6*max(2, len(densities)), 2.8*(1 + (m == 2))), squeeze=False)
+    fig, axes = plt.subplots(1 + (m == 2), len(densities),
+                             figsize=(2.6*max(2, len(densities)), 2.8*(1 + (m == 2))),
+                             squeeze=False)
     for p, W, V, column in zip(densities, toy.W[:, 0], toy.readout[:, 0], axes.T):
         top = float((V @ W).abs().max())
         column[0].imshow(V @ W, cmap="RdBu_r", vmin=-top, vmax=top)
         column[0].set_title(f"density {p:g}", loc="center")
         if m == 2:
             reach = 1.15*float(W.norm(dim=0).max())
-            for i, (x, y) in enumerate(W.T.tolist()): column[1].annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=list(plot.palette.values())[i % 8]))
+            for i, (x, y) in enumerate(W.T.tolist()):
+                column[1].annotate("", (x, y), (0, 0),
+                                   arrowprops=dict(arrowstyle="-|>",
+                                                   color=list(plot.palette.values())[i % 8]))
             column[1].set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     for ax in axes.flat: ax.set(xticks=[], yticks=[])
     caption, alt = "From input to output features, WᵀW", f"A matrix of {n} by {n} for each density"
-    if m == 2: caption, alt = f"{caption}; below, the direction of each feature in the plane", f"{alt}, and arrows below each"
-    lead = "; ".join(f"at density {r.density:g}, {r.represented} of {n} features are represented" for r in summary.itertuples()) + "."
-    page = report(out, f"{n} features in {m} dimensions", lead[0].upper() + lead[1:], {"The models": [Picture("toy", fig, f"{caption}.", f"{alt}."), summary], "Every feature": [table]},
-                  _about(n=n, m=m, density=density, decay=decay, kind=kind, seeds=seeds, steps=steps, batch=batch, lr=lr))
+    if m == 2:
+        caption, alt = (f"{caption}; below, the direction of each feature in the plane",
+                        f"{alt}, and arrows below each")
+    lead = "; ".join(f"at density {r.density:g}, {r.represented} of {n} features are represented"
+                     for r in summary.itertuples()) + "."
+    page = report(out, f"{n} features in {m} dimensions", lead[0].upper() + lead[1:],
+                  {"The models": [Picture("toy", fig, f"{caption}.", f"{alt}."), summary],
+                   "Every feature": [table]},
+                  _about(n=n, m=m, density=density, decay=decay, kind=kind, seeds=seeds,
+                         steps=steps, batch=batch, lr=lr))
     return dict(report=page, table=summary)
 
 # %% ../nbs/60_cli.ipynb #032da3fa
 def _root() -> Path | None:
     "The folder of the project that one works in."
     here = Path.cwd()
-    return next((root for root in (here, *here.parents) if (root/"settings.ini").exists() and (root/"nbs").is_dir()), None)
+    return next((root for root in (here, *here.parents) if (root/"settings.ini").exists()
+                 and (root/"nbs").is_dir()), None)
 
 def _saved() -> list[dict]:
     "All saved results, without their values, and the pages that compute them."
@@ -784,22 +1016,29 @@ def _saved() -> list[dict]:
     for path in sorted(results_dir().glob("*.json")):
         try:
             saved = json.loads(path.read_text())
-            found.append(dict(file=path.name, page=_page_of(saved["name"], pages), **{k: saved[k] for k in ("name", "params", "provenance")}))
-        except (ValueError, KeyError, TypeError) as problem: warnings.warn(f"{path.name} is not a saved result ({problem})")
+            found.append(dict(file=path.name, page=_page_of(saved["name"], pages),
+                              **{k: saved[k] for k in ("name", "params", "provenance")}))
+        except (ValueError, KeyError, TypeError) as problem:
+            warnings.warn(f"{path.name} is not a saved result ({problem})")
     return found
 
 def _pages() -> dict[str, dict]:
     "For each page of the project: its code, and how many of its cells are slow or need a GPU."
     pages, root = {}, _root()
     for path in sorted((root/"nbs").glob("[0-9]*.ipynb")) if root else ():
-        cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
-        count = lambda flag: sum(bool(re.match(rf"(#\|.*\n)*#\| *{flag} *(\n|$)", c)) for c in cells)
-        pages[path.stem] = dict(code="\n".join(c for c in cells if not c.startswith("#| export")), slow=count("slow"), gpu=count("gpu"))
+        cells = ["".join(c["source"])
+                 for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"]
+                 == "code"]
+        count = lambda flag: sum(bool(re.match(rf"(#\|.*\n)*#\| *{flag} *(\n|$)", c))
+                                 for c in cells)
+        pages[path.stem] = dict(code="\n".join(c for c in cells if not c.startswith("#| export")),
+                                slow=count("slow"), gpu=count("gpu"))
     return pages
 
 def _page_of(study: str, pages: Mapping[str, dict]) -> str:
     "The page that computes a study."
-    return next((page for page, p in pages.items() if re.search(rf'(cached|recall)\(\s*["\']{re.escape(study)}["\']', p["code"])), "")
+    return next((page for page, p in pages.items()
+                 if re.search(rf'(cached|recall)\(\s*["\']{re.escape(study)}["\']', p["code"])), "")
 
 def _mark(page: str) -> Path:
     "The file that is there while a page is computed, and stays if it is interrupted."
@@ -819,13 +1058,18 @@ def do_studies_list() -> dict:  # counts, and a row for each result
         superpos studies list --json
     """
     import pandas as pd
+
     from superpos.core import results_dir
     saved = _saved()
-    if not saved: raise ValueError(f"there are no saved results in {results_dir()}; work inside a copy of the project, or let SUPERPOS_RESULTS name their folder")
+    if not saved:
+        raise ValueError(f"there are no saved results in {results_dir()}; work inside a copy of "
+                         "the project, or let SUPERPOS_RESULTS name their folder")
     short = lambda v: f"[{len(v)} values]" if isinstance(v, (list, dict)) and len(v) > 3 else str(v)
     words = lambda params: ", ".join(f"{k}={short(v)}" for k, v in params.items())[:60]
-    rows = [dict(study=s["name"], page=s["page"], params=words(s["params"]), **{k: s["provenance"][k] for k in ("seconds", "date", "device")}) for s in saved]
-    return dict(results=len(rows), studies=len({s["name"] for s in saved}), seconds=sum(r["seconds"] for r in rows),
+    rows = [dict(study=s["name"], page=s["page"], params=words(s["params"]),
+                 **{k: s["provenance"][k] for k in ("seconds", "date", "device")}) for s in saved]
+    return dict(results=len(rows), studies=len({s["name"] for s in saved}),
+                seconds=sum(r["seconds"] for r in rows),
                 unfinished=", ".join(_unfinished()) or "none", table=pd.DataFrame(rows))
 
 # %% ../nbs/60_cli.ipynb #523ea49f
@@ -841,12 +1085,16 @@ def do_studies_show(
     """
     saved = _saved()
     chosen = [s for s in saved if study in (s["name"], s["page"], s["page"].partition("_")[2])]
-    if not chosen: raise ValueError(f"there is no saved result of '{study}'; {_nearest(study, {s['name'] for s in saved})}")
-    return {s["file"]: dict(study=s["name"], page=s["page"], params=s["params"], provenance=s["provenance"]) for s in chosen}
+    if not chosen:
+        raise ValueError(f"there is no saved result of '{study}'; "
+                         f"{_nearest(study, {s['name'] for s in saved})}")
+    return {s["file"]: dict(study=s["name"], page=s["page"], params=s["params"],
+                            provenance=s["provenance"]) for s in chosen}
 
 def _nearest(study: str, names) -> str:
     near = difflib.get_close_matches(study, sorted(names), n=3, cutoff=.4)
-    return f"the nearest names are {', '.join(near)}" if near else "`superpos studies list` shows all"
+    return (f"the nearest names are {', '.join(near)}" if near
+            else "`superpos studies list` shows all")
 
 # %% ../nbs/60_cli.ipynb #ead91d2e
 def do_studies_run(
@@ -860,9 +1108,15 @@ def do_studies_run(
         SUPERPOS_DATA=~/data superpos studies run 29_polysemantic_units
     """
     pages = _pages()
-    if not pages: raise ValueError(f"{Path.cwd()} is not inside a copy of the project, so there are no pages to run; get one from the project's site and work in it")
-    page = _page_of(study, pages) or next((p for p in pages if study.removesuffix(".ipynb") in (p, p.partition("_")[2])), "")
-    if not page: raise ValueError(f"there is no study or page '{study}'; {_nearest(study, [*pages, *(p.partition('_')[2] for p in pages)])}")
+    if not pages:
+        raise ValueError(f"{Path.cwd()} is not inside a copy of the project, so there are no pages "
+                         "to run; get one from the project's site and work in it")
+    page = (_page_of(study, pages)
+            or next((p for p in pages if study.removesuffix(".ipynb") in (p, p.partition("_")[2])),
+                    ""))
+    if not page:
+        raise ValueError(f"there is no study or page '{study}'; "
+                         f"{_nearest(study, [*pages, *(p.partition('_')[2] for p in pages)])}")
     return _run_page(page)
 
 def do_studies_resume() -> dict:  # how many pages were finished, and which
@@ -874,41 +1128,55 @@ def do_studies_resume() -> dict:  # how many pages were finished, and which
     """
     pages, marked = _pages(), _unfinished()
     waiting = [page for page in marked if page in pages]
-    if marked and not waiting: raise ValueError(f"{', '.join(marked)} was interrupted, but {Path.cwd()} is not inside the copy of the project that has this page; work in it")
+    if marked and not waiting:
+        raise ValueError(f"{', '.join(marked)} was interrupted, but {Path.cwd()} is not inside the "
+                         "copy of the project that has this page; work in it")
     for page in waiting: _run_page(page)
     return dict(finished=len(waiting), pages=", ".join(waiting) or "none was interrupted")
 
 def _run_page(page: str) -> dict:
     import torch
+
     from superpos.core import results_dir
     root, mark = _root(), _mark(page)
     before = {p.name: p.stat().st_mtime_ns for p in results_dir().glob("*.json")}
-    copy, skipped = root/"nbs"/f".{page}.running.ipynb", [] if torch.cuda.is_available() else ["gpu"]
+    copy = root/"nbs"/f".{page}.running.ipynb"
+    skipped = [] if torch.cuda.is_available() else ["gpu"]
     mark.parent.mkdir(exist_ok=True)
     mark.touch()
     shutil.copyfile(root/"nbs"/f"{page}.ipynb", copy)
-    command, said = [sys.executable, "-m", "superpos.book", "run", copy.name, *skipped], "it said nothing"
+    command = [sys.executable, "-m", "superpos.book", "run", copy.name, *skipped]
+    said = "it said nothing"
     try:
-        with subprocess.Popen(command, cwd=root/"nbs", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL) as running:
+        with subprocess.Popen(command, cwd=root/"nbs", stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True,
+                              stdin=subprocess.DEVNULL) as running:
             try:
                 for said in running.stdout: print(said, end="", file=sys.stderr, flush=True)
             except BaseException:
                 running.terminate()
                 raise
     finally: copy.unlink(missing_ok=True)
-    if running.returncode: raise RuntimeError(f"{page} did not finish: {said.strip()}; what it finished is kept, `superpos studies resume` goes on")
+    if running.returncode:
+        raise RuntimeError(f"{page} did not finish: {said.strip()}; what it finished is kept, "
+                           "`superpos studies resume` goes on")
     mark.unlink()
-    changed = [p.name for p in results_dir().glob("*.json") if before.get(p.name) != p.stat().st_mtime_ns]
+    changed = [p.name for p in results_dir().glob("*.json")
+               if before.get(p.name) != p.stat().st_mtime_ns]
     return dict(page=page, results=len(changed), files=", ".join(sorted(changed)) or "none changed")
 
 # %% ../nbs/60_cli.ipynb #2915257c
 _sets = {  # name: the folders it may be in, and how to get it
     "cifar10": (("cifar-10-batches-py", "cifar-10-batches-bin"), "superpos data fetch cifar10"),
     "tiny_imagenet": (("tiny-imagenet-200",), "superpos data fetch tiny_imagenet"),
-    "imagenet": (("imagenet",), "register at https://image-net.org, and let torchvision.datasets.ImageNet sort the validation images into imagenet/val"),
-    "imagenet-samples": (("imagenet-samples",), "photographs of many classes in a folder for each class, such as one for each class of ImageNet"),
-    "polysemantic": (("polysemantic",), "images of units, as published by Hamblin et al., in polysemantic/features.10_9/ and so on, a folder for each group"),
-    "weights": (("weights",), "weights of AlexNet and SqueezeNet as alexnet_features.safetensors and squeezenet1_0_deepcompression.safetensors")}
+    "imagenet": (("imagenet",), "register at https://image-net.org, and let "
+                 "torchvision.datasets.ImageNet sort the validation images into imagenet/val"),
+    "imagenet-samples": (("imagenet-samples",), "photographs of many classes in a folder for each "
+                         "class, such as one for each class of ImageNet"),
+    "polysemantic": (("polysemantic",), "images of units, as published by Hamblin et al., in "
+                     "polysemantic/features.10_9/ and so on, a folder for each group"),
+    "weights": (("weights",), "weights of AlexNet and SqueezeNet as alexnet_features.safetensors "
+                "and squeezenet1_0_deepcompression.safetensors")}
 
 def _where() -> dict[str, Path | None]:
     "Where each set is."
@@ -928,10 +1196,14 @@ def do_data_list() -> dict:  # counts, and a row for each set
         SUPERPOS_DATA=~/data superpos data list
     """
     import pandas as pd
+
     from superpos.core import cache_dir
     found = _where()
-    rows = [dict(name=name, place=found[name] and str(found[name]), to_get_it=None if found[name] else how) for name, (_, how) in _sets.items()]
-    return dict(looked_in=", ".join(filter(None, [os.environ.get("SUPERPOS_DATA"), str(cache_dir()/"data")])), found=sum(map(bool, found.values())), table=pd.DataFrame(rows))
+    rows = [dict(name=name, place=found[name] and str(found[name]), to_get_it=None if found[name]
+                 else how) for name, (_, how) in _sets.items()]
+    return dict(looked_in=", ".join(filter(None, [os.environ.get("SUPERPOS_DATA"),
+                                                  str(cache_dir()/"data")])),
+                found=sum(map(bool, found.values())), table=pd.DataFrame(rows))
 
 def do_data_fetch(
     name: str,  # cifar10 or tiny_imagenet
@@ -946,24 +1218,34 @@ def do_data_fetch(
     """
     from superpos.core import cache_dir
     from superpos.data import archives, fetch
-    known = {name: next((f for f in folders if f in archives), None) for name, (folders, _) in _sets.items()}
-    if not known.get(name): raise ValueError(f"'{name}' cannot be fetched; there is {', '.join(n for n, f in known.items() if f)}" + (f"; to get it: {_sets[name][1]}" if name in _sets else ""))
+    known = {name: next((f for f in folders if f in archives), None)
+             for name, (folders, _) in _sets.items()}
+    if not known.get(name):
+        raise ValueError(f"'{name}' cannot be fetched; there is "
+                         f"{', '.join(n for n, f in known.items() if f)}"
+                         + (f"; to get it: {_sets[name][1]}" if name in _sets else ""))
     home = Path(root or os.environ.get("SUPERPOS_DATA") or cache_dir()/"data").expanduser()
     try: return dict(name=name, place=fetch(known[name], home))
     except OSError as problem:
-        raise ConnectionError(f"{name} could not be fetched ({type(problem).__name__}); get {archives[known[name]][0]} by other means and unpack it into {home}, so that {home/known[name]} is there") from problem
+        raise ConnectionError(f"{name} could not be fetched ({type(problem).__name__}); get "
+                              f"{archives[known[name]][0]} by other means and unpack it into "
+                              f"{home}, so that {home/known[name]} is there") from problem
 
 def _checks(name: str, place: Path) -> str:
     "What a set holds, once its files have been looked at."
     from superpos import data
     from superpos.core import progress
-    if name == "cifar10": return "; ".join(map(str, (data.cifar10("train", place), data.cifar10("test", place))))
-    if name == "tiny_imagenet": return "; ".join(str(data.tiny_imagenet(split, place)) for split in ("train", "val"))
+    if name == "cifar10":
+        return "; ".join(map(str, (data.cifar10("train", place), data.cifar10("test", place))))
+    if name == "tiny_imagenet":
+        return "; ".join(str(data.tiny_imagenet(split, place)) for split in ("train", "val"))
     if name == "imagenet": return str(data.imagenet_val(place))
-    if name == "polysemantic": return "; ".join(str(data.folder(p)) for p in sorted(place.iterdir()) if p.is_dir())
+    if name == "polysemantic":
+        return "; ".join(str(data.folder(p)) for p in sorted(place.iterdir()) if p.is_dir())
     if name != "weights": return str(data.folder(place))
     files = [p for p in sorted(place.iterdir()) if p.suffix in (".safetensors", ".pth", ".pt")]
-    return "; ".join(f"{p.name}: {_tensors(p):,} finite tensors" for p in progress(files, "checking weights"))
+    return "; ".join(f"{p.name}: {_tensors(p):,} finite tensors"
+                     for p in progress(files, "checking weights"))
 
 def _tensors(path: Path) -> int:
     "How many tensors a file of weights holds, if it can be read and all are finite."
@@ -984,13 +1266,16 @@ def do_data_check() -> dict:  # how many sets were looked at, and what is in eac
     for name, place in progress(here.items(), "sets", len(here)):
         try: found[name] = _checks(name, place)
         except (ValueError, OSError) as problem: damaged.append(f"{name}: {_sentence(problem)}")
-    if damaged: raise ValueError(f"{len(damaged)} of {len(here)} sets cannot be used: {'; '.join(damaged)}")
+    if damaged:
+        raise ValueError(f"{len(damaged)} of {len(here)} sets cannot be used: {'; '.join(damaged)}")
     return dict(checked=len(here), **found)
 
 # %% ../nbs/60_cli.ipynb #52abab68
 def _needs(code: str) -> set[str]:
     "Sets that a page reads."
-    named = {part for part in re.findall(r'find_data\(f?"([\w.-]+)', code)} | set(re.findall(r"\b(cifar10|tiny_imagenet)\(", code)) | ({"imagenet"} if "imagenet_val(" in code else set())
+    named = ({part for part in re.findall(r'find_data\(f?"([\w.-]+)', code)}
+             | set(re.findall(r"\b(cifar10|tiny_imagenet)\(", code))
+             | ({"imagenet"} if "imagenet_val(" in code else set()))
     return {name for name in _sets if name in named}
 
 def do_info() -> dict:  # versions, machine, places, data, and a row for each page with slow cells
@@ -1002,23 +1287,40 @@ def do_info() -> dict:  # versions, machine, places, data, and a row for each pa
         superpos info --json
     """
     import importlib.metadata as metadata
-    import pandas as pd, psutil, torch
+
+    import pandas as pd
+    import psutil
+    import torch
+
     from superpos import __version__
     from superpos.core import cache_dir, default_device, results_dir
-    packages = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib", "numba", "hdbscan", "safetensors", "fastcore")
-    versions = {"superpos": __version__, "python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    packages = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pandas", "matplotlib",
+                "numba", "hdbscan", "safetensors", "fastcore")
+    versions = ({"superpos": __version__, "python": platform.python_version()}
+                | {p: metadata.version(p) for p in packages})
     device = default_device()
-    machine = dict(device=f"{device.type}" + (f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""), threads=torch.get_num_threads(), cores=os.cpu_count(),
-                   memory=f"{psutil.virtual_memory().total/2**30:.1f} GiB, {psutil.virtual_memory().available/2**30:.1f} free")
+    machine = dict(device=f"{device.type}" + (f" ({torch.cuda.get_device_name(device)})"
+                                              if device.type == "cuda" else ""),
+                   threads=torch.get_num_threads(), cores=os.cpu_count(),
+                   memory=f"{psutil.virtual_memory().total/2**30:.1f} GiB, "
+                   f"{psutil.virtual_memory().available/2**30:.1f} free")
     here = _where()
     rows = []
     for name, p in _pages().items():
         if not (p["slow"] or p["gpu"]): continue
         missing = sorted(s for s in _needs(p["code"]) if not here[s])
-        rows.append(dict(page=name, slow_cells=p["slow"], gpu_cells=p["gpu"], needs=", ".join(sorted(_needs(p["code"]))) or "nothing",
-                         would_run=f"no, {', '.join(missing)} missing" if missing else "yes" if device.type == "cuda" or not p["gpu"] else "yes, without its GPU cells"))
-    return dict(versions=versions, machine=machine, places=dict(project=str(_root() or "not inside a copy of the project, which `superpos studies` needs"), cache=str(cache_dir()), results=str(results_dir()), data=os.environ.get("SUPERPOS_DATA", "SUPERPOS_DATA is not set")),
-                data={name: str(place or "not here") for name, place in here.items()}, would_run=pd.DataFrame(rows))
+        rows.append(dict(page=name, slow_cells=p["slow"], gpu_cells=p["gpu"],
+                         needs=", ".join(sorted(_needs(p["code"]))) or "nothing",
+                         would_run=f"no, {', '.join(missing)} missing" if missing else "yes"
+                         if device.type == "cuda" or not p["gpu"]
+                         else "yes, without its GPU cells"))
+    return dict(versions=versions, machine=machine,
+                places=dict(project=str(_root() or "not inside a copy of the project, which "
+                                        "`superpos studies` needs"), cache=str(cache_dir()),
+                            results=str(results_dir()),
+                            data=os.environ.get("SUPERPOS_DATA", "SUPERPOS_DATA is not set")),
+                data={name: str(place or "not here") for name, place in here.items()},
+                would_run=pd.DataFrame(rows))
 
 # %% ../nbs/60_cli.ipynb #12284906
 #| eval: false

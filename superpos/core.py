@@ -8,7 +8,18 @@ __all__ = ['verdicts', 'set_seed', 'deterministic', 'default_device', 'progress'
            'share_interval', 'holm', 'Finding', 'judge', 'conclude', 'findings']
 
 # %% ../nbs/00_core.ipynb #fccd1b4e
-import contextlib, dataclasses, datetime, hashlib, json, os, platform, random, tempfile, threading, time, warnings
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import random
+import tempfile
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -44,11 +55,13 @@ def deterministic() -> Iterator[None]:
 # %% ../nbs/00_core.ipynb #f1a77374
 def default_device() -> torch.device:  # where tensors and models should go
     "`SUPERPOS_DEVICE` if set, else CUDA, else MPS, else the CPU."
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
     wanted = os.environ.get("SUPERPOS_DEVICE")
     if not wanted: return torch.device(next(kind for kind, ok in have.items() if ok))
     if not have.get(wanted.split(":")[0]):
-        raise ValueError(f"SUPERPOS_DEVICE={wanted}: not available here; there is {', '.join(k for k, ok in have.items() if ok)}")
+        raise ValueError(f"SUPERPOS_DEVICE={wanted}: not available here; there is "
+                         f"{', '.join(k for k, ok in have.items() if ok)}")
     return torch.device(wanted)
 
 # %% ../nbs/00_core.ipynb #15800632
@@ -60,7 +73,8 @@ def progress(
     "`items`, with a tqdm progress bar where somebody is watching."
     from tqdm.auto import tqdm
     from tqdm.notebook import tqdm as notebook_bar
-    quiet = True if os.environ.get("SUPERPOS_QUIET") else not issubclass(tqdm, notebook_bar) and None
+    quiet = (True if os.environ.get("SUPERPOS_QUIET") else not issubclass(tqdm, notebook_bar)
+             and None)
     return tqdm(items, desc=what, total=total, disable=quiet)
 
 # %% ../nbs/00_core.ipynb #c9633b74
@@ -114,15 +128,18 @@ def encode(
     if isinstance(x, np.ndarray):
         short = np.vectorize(lambda v: float(f"{v:.9g}"), otypes=[float])
         values = short(x) if x.dtype == np.float32 and x.size else x
-        return {"__array__": str(x.dtype), "shape": list(x.shape), "values": values.ravel().tolist()}
+        return {"__array__": str(x.dtype), "shape": list(x.shape),
+                "values": values.ravel().tolist()}
     if isinstance(x, (list, tuple)): return [encode(v) for v in x]
     if isinstance(x, dict): return {_text_key(k): encode(v) for k, v in x.items()}
     if type(x).__module__.startswith("pandas") and hasattr(x, "columns"):
         return {"__frame__": {_text_key(c): x[c].tolist() for c in x.columns}}
-    raise TypeError(f"cannot save a {type(x).__module__}.{type(x).__name__}; turn it into numbers, text, lists, dicts, arrays or data frames")
+    raise TypeError(f"cannot save a {type(x).__module__}.{type(x).__name__}; turn it into numbers, "
+                    "text, lists, dicts, arrays or data frames")
 
 def _text_key(key) -> str:
-    if key in ("__array__", "__frame__"): raise TypeError(f"'{key}' is not free as a key of saved results; call it something else")
+    if key in ("__array__", "__frame__"):
+        raise TypeError(f"'{key}' is not free as a key of saved results; call it something else")
     if isinstance(key, str): return key
     raise TypeError(f"keys of saved results must be text, got {key!r}")
 
@@ -146,9 +163,11 @@ def provenance(
     from superpos import __version__
     device = default_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return dict(superpos=__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version(),
-                device=f"{device.type} ({name}, {torch.get_num_threads()} threads)", seconds=round(seconds, 2),
-                date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"))
+    return dict(superpos=__version__, torch=torch.__version__, numpy=np.__version__,
+                python=platform.python_version(),
+                device=f"{device.type} ({name}, {torch.get_num_threads()} threads)",
+                seconds=round(seconds, 2),
+                date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"))
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -176,13 +195,15 @@ def _read_result(path: Path, name: str, params: dict) -> Result | None:
     if not path.exists(): return None
     try:
         saved = json.loads(path.read_text())
-        asked, found = (json.dumps(call, sort_keys=True) for call in ([name, encode(params)], [saved["name"], saved["params"]]))
+        asked, found = (json.dumps(call, sort_keys=True)
+                        for call in ([name, encode(params)], [saved["name"], saved["params"]]))
         if asked != found: raise ValueError("it holds the result of another call")
         return Result(name, params, saved["provenance"], decode(saved["value"]))
     except (ValueError, KeyError, TypeError) as problem:
         aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
         path.rename(aside)
-        warnings.warn(f"{path.name} cannot be trusted ({problem}); set aside as {aside.name}", stacklevel=3)
+        warnings.warn(f"{path.name} cannot be trusted ({problem}); set aside as {aside.name}",
+                      stacklevel=3)
 
 def recall(
     name: str,  # of the study
@@ -192,7 +213,8 @@ def recall(
 ) -> Result:
     "A result computed before; raises `MissingResult` if there is none for these parameters."
     if result := _read_result(_result_path(name, params, folder), name, params): return result
-    raise MissingResult(f"no result of '{name}' for {params}; run the slow cell of its page, or `cached`, to compute it")
+    raise MissingResult(f"no result of '{name}' for {params}; run the slow cell of its page, or "
+                        "`cached`, to compute it")
 
 def cached(
     name: str,  # of the study: letters, digits, '-' and '_'
@@ -204,16 +226,19 @@ def cached(
 ) -> Result:
     "The saved result of `fn(**params)`, computing and saving it if need be."
     from filelock import FileLock
-    if not name.replace("-", "").replace("_", "").isalnum(): raise ValueError(f"'{name}': a study's name is made of letters, digits, '-' and '_'")
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise ValueError(f"'{name}': a study's name is made of letters, digits, '-' and '_'")
     path = _result_path(name, params, folder)
     lock = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
     with FileLock(cache_dir()/f"{lock}.lock"):
         if not recompute and (result := _read_result(path, name, params)): return result
         start = time.perf_counter()
         value = encode(fn(**params))
-        record = dict(name=name, params=encode(params), provenance=provenance(time.perf_counter() - start), value=value)
+        record = dict(name=name, params=encode(params),
+                      provenance=provenance(time.perf_counter() - start), value=value)
         with atomic_write(path) as p:
-            p.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
+            p.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}"
+                                            for k, v in record.items()) + "\n}\n")
     return Result(name, params, record["provenance"], decode(value))
 
 # %% ../nbs/00_core.ipynb #a9563848
@@ -222,7 +247,9 @@ def mean_interval(
 ) -> tuple[float, float, float]:  # mean, and the two ends of its 95 % interval
     "The mean, by Student's t."
     values = np.asarray(values, float)
-    if values.ndim != 1 or len(values) < 2: raise ValueError(f"an interval of a mean needs a row of at least two values, got shape {values.shape}")
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError("an interval of a mean needs a row of at least two values, got shape "
+                         f"{values.shape}")
     half = stats.sem(values)*stats.t.ppf(.975, len(values) - 1)
     return values.mean(), values.mean() - half, values.mean() + half
 
@@ -260,9 +287,12 @@ class Finding:
     results: tuple[Result, ...] = ()  # saved results it rests on; none if the page computes it in place
 
     def __post_init__(self):
-        if self.verdict not in verdicts: raise ValueError(f"{self.claim}: a verdict is one of {'; '.join(verdicts)}; got '{self.verdict}'")
+        if self.verdict not in verdicts:
+            raise ValueError(f"{self.claim}: a verdict is one of {'; '.join(verdicts)}; got "
+                             f"'{self.verdict}'")
         if not (len(self.effect) == 3 and self.effect[1] <= self.effect[0] <= self.effect[2]):
-            raise ValueError(f"{self.claim}: an effect lies between the ends of its interval, got {self.effect}")
+            raise ValueError(f"{self.claim}: an effect lies between the ends of its interval, got "
+                             f"{self.effect}")
 
 # %% ../nbs/00_core.ipynb #c316c6a3
 def judge(
@@ -280,9 +310,12 @@ def conclude(
     rows = []
     for f in found:
         cost = round(sum(r.provenance["seconds"] for r in f.results), 1)
-        rows.append({k: getattr(f, k) for k in ("claim", "statement", "verdict", "of", "seeds", "scale", "where")} |
-                    dict(effect=[float(f"{v:.4g}") for v in f.effect], results=sorted({r.name for r in f.results}), seconds=cost))
-    text, path = json.dumps(rows, indent=1, ensure_ascii=False) + "\n", Path(folder or results_dir())/"findings"/f"{page}.json"
+        rows.append({k: getattr(f, k) for k in ("claim", "statement", "verdict", "of", "seeds",
+                                                "scale", "where")} |
+                    dict(effect=[float(f"{v:.4g}") for v in f.effect],
+                         results=sorted({r.name for r in f.results}), seconds=cost))
+    text = json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    path = Path(folder or results_dir())/"findings"/f"{page}.json"
     if path.exists() and path.read_text() == text: return
     with atomic_write(path) as p: p.write_text(text)
 
@@ -291,4 +324,6 @@ def findings(
 ) -> list[dict]:  # by claim: the fields of a `Finding`, "page", and the seconds its results took
     "What all pages found."
     files = sorted((Path(folder or results_dir())/"findings").glob("*.json"))
-    return sorted((dict(page=file.stem, **row) for file in files for row in json.loads(file.read_text())), key=lambda row: (row["claim"][0], int(row["claim"][1:])))
+    return sorted((dict(page=file.stem, **row) for file in files
+                   for row in json.loads(file.read_text())),
+                  key=lambda row: (row["claim"][0], int(row["claim"][1:])))

@@ -7,7 +7,15 @@ __all__ = ['archives', 'Images', 'digits', 'shapes', 'photographs', 'folder', 'o
            'cifar10', 'tiny_imagenet', 'imagenet_val']
 
 # %% ../nbs/03_data.ipynb #7f88f0fc
-import dataclasses, hashlib, operator, os, tarfile, tempfile, time, warnings, zipfile
+import dataclasses
+import hashlib
+import operator
+import os
+import tarfile
+import tempfile
+import time
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -35,12 +43,17 @@ class Images:
 
     def __post_init__(self):
         object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
-        if isinstance(self.source, np.ndarray) and (self.source.dtype != np.uint8 or self.source.ndim != 4 or self.source.shape[1] != 3):
-            raise ValueError(f"{self.name}: pixels must be uint8 of shape (N, 3, H, W), not {self.source.dtype} of {self.source.shape}")
+        if (isinstance(self.source, np.ndarray)
+            and (self.source.dtype != np.uint8 or self.source.ndim != 4
+                 or self.source.shape[1] != 3)):
+            raise ValueError(f"{self.name}: pixels must be uint8 of shape (N, 3, H, W), not "
+                             f"{self.source.dtype} of {self.source.shape}")
         for what, values in dict(labels=self.labels, **self.factors or {}).items():
-            if len(values) != len(self): raise ValueError(f"{self.name}: {len(self)} images but {len(values)} {what}")
+            if len(values) != len(self):
+                raise ValueError(f"{self.name}: {len(self)} images but {len(values)} {what}")
         if len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
-            raise ValueError(f"{self.name}: labels {self.labels.min()}..{self.labels.max()} for {len(self.classes)} classes")
+            raise ValueError(f"{self.name}: labels {self.labels.min()}..{self.labels.max()} for "
+                             f"{len(self.classes)} classes")
 
     def __len__(self) -> int: return len(self.source)
 
@@ -54,15 +67,19 @@ class Images:
         else:
             try: image = torch.from_numpy(_decode(found))
             except Exception as problem:
-                raise OSError(f"{found} cannot be read ({problem}); remove the file, or make the set anew if it has changed since") from problem
-        return image if self.shown is None else TF.center_crop(TF.resize(image, self.shown[0], antialias=True), self.shown[1])
+                raise OSError(f"{found} cannot be read ({problem}); remove the file, or make the "
+                              "set anew if it has changed since") from problem
+        return (image if self.shown is None
+                else TF.center_crop(TF.resize(image, self.shown[0], antialias=True), self.shown[1]))
 
     def select(self,
         indices,  # integers, a slice or a mask: what indexes a numpy array, or a tensor of these
     ) -> "Images":
         "The images at these indices, in this order."
-        at = np.arange(len(self))[indices.cpu().numpy() if isinstance(indices, torch.Tensor) else indices].ravel()
-        source = self.source[at] if isinstance(self.source, np.ndarray) else tuple(self.source[i] for i in at)
+        at = np.arange(len(self))[indices.cpu().numpy() if isinstance(indices, torch.Tensor)
+                                  else indices].ravel()
+        source = (self.source[at] if isinstance(self.source, np.ndarray)
+                  else tuple(self.source[i] for i in at))
         factors = self.factors and {k: v[at] for k, v in self.factors.items()}
         return dataclasses.replace(self, source=source, labels=self.labels[at], factors=factors)
 
@@ -72,8 +89,11 @@ class Images:
     ) -> "Images":
         "The same images, all of one size."
         short = short or round(size*8/7)
-        if not 1 <= size <= short: raise ValueError(f"a square of {size} pixels cannot be cut out of images whose short side is {short}")
-        return dataclasses.replace(self, name=f"{self.name} ({size} of {short} px)", shown=(short, size))
+        if not 1 <= size <= short:
+            raise ValueError(f"a square of {size} pixels cannot be cut out of images whose short "
+                             f"side is {short}")
+        return dataclasses.replace(self, name=f"{self.name} ({size} of {short} px)",
+                                   shown=(short, size))
 
 # %% ../nbs/03_data.ipynb #fcef42d7
 def digits() -> Images:  # 1,797 images of 8 × 8 pixels in 10 classes
@@ -84,9 +104,12 @@ def digits() -> Images:  # 1,797 images of 8 × 8 pixels in 10 classes
     return Images("digits", np.repeat(grey[:, None], 3, axis=1), found.target, tuple("0123456789"))
 
 # %% ../nbs/03_data.ipynb #e8fdca00
-_shapes, _textures = ("circle", "square", "triangle", "cross"), ("solid", "stripes", "checks", "dots")
-_colours = dict(red=(222, 45, 38), green=(35, 160, 70), blue=(40, 90, 220), yellow=(240, 195, 30), pink=(230, 90, 190), cyan=(40, 190, 205))
-_background, _shade, _period = 232, .3, .17  # grey level; brightness of a texture's dark parts; its period in image widths
+_shapes = ("circle", "square", "triangle", "cross")
+_textures = ("solid", "stripes", "checks", "dots")
+_colours = dict(red=(222, 45, 38), green=(35, 160, 70), blue=(40, 90, 220), yellow=(240, 195, 30),
+                pink=(230, 90, 190), cyan=(40, 190, 205))
+# grey level; brightness of a texture's dark parts; its period in image widths
+_background, _shade, _period = 232, .3, .17
 
 def _distance(
     shape: str,
@@ -107,7 +130,8 @@ def _brightness(
     half = lambda x: np.clip(.5 + (.25 - abs(x % 1 - .5))*sharpness, 0, 1)
     if texture == "solid": return np.ones(1, np.float32)
     if texture == "stripes": return half(v)
-    if texture == "dots": return np.clip(.5 + (.34 - np.hypot(u % 1 - .5, v % 1 - .5))*sharpness, 0, 1)
+    if texture == "dots":
+        return np.clip(.5 + (.34 - np.hypot(u % 1 - .5, v % 1 - .5))*sharpness, 0, 1)
     across, down = half(u), half(v)
     return across + down - 2*across*down
 
@@ -118,15 +142,19 @@ def shapes(
     seed: int = 0,  # images are the same for the same seed
 ) -> Images:  # labelled by shape; `factors` has shape, texture, colour, x, y and size
     "Coloured, textured shapes with known factors. Position and size are in image widths, from the top left corner."
-    if n < 1 or size < 8: raise ValueError(f"shapes need n of at least 1 and size of at least 8, got n={n}, size={size}")
+    if n < 1 or size < 8:
+        raise ValueError(f"shapes need n of at least 1 and size of at least 8, got n={n}, "
+                         f"size={size}")
     draws = np.random.default_rng(seed).random((n, 6)).T
     names = dict(shape=_shapes, texture=_textures, colour=tuple(_colours))
-    kinds = {factor: np.int64(len(values)*draw) for (factor, values), draw in zip(names.items(), draws)}
+    kinds = {factor: np.int64(len(values)*draw)
+             for (factor, values), draw in zip(names.items(), draws)}
     places = dict(x=.35 + .3*draws[3], y=.35 + .3*draws[4], size=.3 + .28*draws[5])
     pixels = np.empty((n, 3, size, size), np.uint8)
     for start in range(0, n, 256):
         chunk = slice(start, start + 256)
-        pixels[chunk] = _draw(*(k[chunk] for k in kinds.values()), *(np.float32(p[chunk]) for p in places.values()), size)
+        pixels[chunk] = _draw(*(k[chunk] for k in kinds.values()),
+                              *(np.float32(p[chunk]) for p in places.values()), size)
     factors = {factor: np.array(values)[kinds[factor]] for factor, values in names.items()}
     return Images("shapes", pixels, kinds["shape"], _shapes, factors | places)
 
@@ -147,13 +175,16 @@ def _draw(
         i = np.flatnonzero(texture == k)
         paint[i] = _shade + (1 - _shade)*_brightness(name, u[i]/_period, v[i]/_period, _period*size)
     rgb = np.float32(list(_colours.values()))[colour]
-    return np.rint(rgb[:, :, None, None]*(paint*cover)[:, None] + _background*(1 - cover[:, None])).astype(np.uint8)
+    return np.rint(rgb[:, :, None, None]*(paint*cover)[:, None]
+                   + _background*(1 - cover[:, None])).astype(np.uint8)
 
 # %% ../nbs/03_data.ipynb #171f867e
 _photographs = {  # package and folder: files
     ("sklearn.datasets", "images"): "china.jpg flower.jpg",
-    ("skimage", "data"): "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png coffee.png coins.png grass.png "
-                         "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg"}
+    ("skimage", "data"): "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png "
+    "coffee.png coins.png grass.png "
+                         "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png "
+    "retina.jpg rocket.jpg"}
 
 def photographs(
     n: int,  # number of patches; the first of many are the same as the first of few
@@ -162,29 +193,37 @@ def photographs(
 ) -> Images:  # labelled by photograph, each equally often
     "Square patches at random places and scales from the photographs that scikit-learn and scikit-image carry."
     from importlib.resources import files
+
     from PIL import Image
-    names = [(files(package)/inside, name) for (package, inside), names in _photographs.items() for name in names.split()]
+    names = [(files(package)/inside, name) for (package, inside), names in _photographs.items()
+             for name in names.split()]
     photos = [Image.open(home/name).convert("RGB") for home, name in names]
     largest = min(min(photo.size) for photo in photos)
     if n < 1 or not 1 <= size <= largest:
-        raise ValueError(f"photographs need n of at least 1 and size of 1..{largest}, got n={n}, size={size}")
+        raise ValueError(f"photographs need n of at least 1 and size of 1..{largest}, got n={n}, "
+                         f"size={size}")
     pixels = np.empty((n, 3, size, size), np.uint8)
     for i, (scale, right, down) in enumerate(np.random.default_rng(seed).random((n, 3))):
         photo = photos[i % len(photos)]
         side = size*(min(photo.size)/size)**scale
         left, top = right*(photo.width - side), down*(photo.height - side)
-        patch = photo.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        patch = photo.resize((size, size), Image.Resampling.BICUBIC,
+                             box=(left, top, left + side, top + side))
         pixels[i] = np.asarray(patch).transpose(2, 0, 1)
-    return Images("photographs", pixels, np.arange(n) % len(photos), tuple(Path(name).stem for _, name in names))
+    return Images("photographs", pixels, np.arange(n) % len(photos),
+                  tuple(Path(name).stem for _, name in names))
 
 # %% ../nbs/03_data.ipynb #2f9d6cf9
 def _decode(path: Path) -> np.ndarray:  # (3, H, W) uint8
     from PIL import Image
     with Image.open(path) as image:
-        if image.mode in ("I", "F"): raise ValueError(f"values of mode {image.mode} do not fit into bytes")
-        if image.mode.startswith("I;16"): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"values of mode {image.mode} do not fit into bytes")
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"),
+                                          image.convert("RGBA"))
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 _endings = dict(JPEG=b"\xff\xd9", PNG=b"IEND\xaeB`\x82")
@@ -195,9 +234,11 @@ def _problem(path: Path) -> str | None:  # why the image cannot be used
         with Image.open(path) as image: ending, mode = _endings.get(image.format), image.mode
         with path.open("rb") as file:
             file.seek(-8, os.SEEK_END)
-            if ending is None or mode in ("I", "F") or not file.read().endswith(ending): _decode(path)
+            if ending is None or mode in ("I", "F") or not file.read().endswith(ending):
+                _decode(path)
     except Image.UnidentifiedImageError: return "not an image"
-    except Exception as problem: return str(problem) or type(problem).__name__  # a damaged file may raise anything
+    # a damaged file may raise anything
+    except Exception as problem: return str(problem) or type(problem).__name__
 
 def _from_files(
     name: str,
@@ -213,14 +254,17 @@ def _from_files(
             if problem := _problem(path): skipped.append((path, problem))
             else: kept.append((path, label))
     some = "; ".join(f"{path}: {reason}" for path, reason in skipped[:3])
-    if not kept: raise ValueError(f"{name}: none of its {len(skipped)} image files can be used ({some})")
+    if not kept:
+        raise ValueError(f"{name}: none of its {len(skipped)} image files can be used ({some})")
     if skipped:
-        warnings.warn(f"{name}: skipped {len(skipped)} of {len(kept) + len(skipped)} image files, all in `skipped` ({some})", stacklevel=3)
+        warnings.warn(f"{name}: skipped {len(skipped)} of {len(kept) + len(skipped)} image files, "
+                      f"all in `skipped` ({some})", stacklevel=3)
     files, labels = zip(*kept)
     return Images(name, files, labels, tuple(classes), skipped=tuple(skipped))
 
 def _image_files(home: Path, pattern: str = "**/*") -> list[Path]:
-    return sorted(p for p in home.glob(pattern) if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".") and p.is_file())
+    return sorted(p for p in home.glob(pattern) if p.suffix.lower() in IMG_EXTENSIONS
+                  and not p.name.startswith(".") and p.is_file())
 
 def folder(
     root: str | Path,  # holds one folder of images per class, or images
@@ -228,13 +272,18 @@ def folder(
 ) -> Images:
     "The images in a folder, labelled by sub-folder. Files are read when an image is asked for."
     root = Path(root).expanduser().resolve()
-    if not root.is_dir(): raise MissingData(f"{root}: no such folder of images; `find_data` looks for one in the usual places")
+    if not root.is_dir():
+        raise MissingData(f"{root}: no such folder of images; `find_data` looks for one in the "
+                          "usual places")
     classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     found = [(path, label) for label, c in enumerate(classes) for path in _image_files(root/c)]
     beside = _image_files(root, "*")
     if not found: classes, found, beside = [root.name], [(path, 0) for path in beside], []
-    if not found: raise ValueError(f"{root}: no images in it or in its sub-folders; names must end in {', '.join(IMG_EXTENSIONS)}")
-    return _from_files(name or root.name, found, classes, [(path, "lies beside the classes' folders") for path in beside])
+    if not found:
+        raise ValueError(f"{root}: no images in it or in its sub-folders; names must end in "
+                         f"{', '.join(IMG_EXTENSIONS)}")
+    return _from_files(name or root.name, found, classes,
+                       [(path, "lies beside the classes' folders") for path in beside])
 
 # %% ../nbs/03_data.ipynb #3456560f
 def on_device(
@@ -247,8 +296,10 @@ def on_device(
     for i in range(len(images)):
         image = images[i]
         if image.shape != pixels.shape[1:]:
-            raise ValueError(f"{images.name}: image {i} has shape {tuple(image.shape)} and image 0 {tuple(pixels.shape[1:])}; "
-                             "one tensor needs one size, so resize the files or take the images one at a time")
+            raise ValueError(f"{images.name}: image {i} has shape {tuple(image.shape)} and image 0 "
+                             f"{tuple(pixels.shape[1:])}; "
+                             "one tensor needs one size, so resize the files or take the images "
+                             "one at a time")
         pixels[i] = image
     device = device or default_device()
     return pixels.to(device), torch.from_numpy(images.labels.copy()).to(device)
@@ -284,7 +335,8 @@ def _homes(root: str | Path | None) -> Iterator[Path]:
 # %% ../nbs/03_data.ipynb #b861d639
 archives = {  # folder: official address and hash of its archive
     CIFAR10.base_folder: (CIFAR10.url, f"md5:{CIFAR10.tgz_md5}"),
-    "tiny-imagenet-200": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "md5:90528d7ca1a48142e341f4ef8d21d0de"),
+    "tiny-imagenet-200": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                          "md5:90528d7ca1a48142e341f4ef8d21d0de"),
 }
 
 def fetch(
@@ -294,7 +346,8 @@ def fetch(
     "Download, check and unpack a data set, unless it is there already."
     import pooch
     from filelock import FileLock
-    if name not in archives: raise ValueError(f"'{name}' cannot be fetched; there is {', '.join(archives)}")
+    if name not in archives:
+        raise ValueError(f"'{name}' cannot be fetched; there is {', '.join(archives)}")
     home = Path(root).expanduser() if root else cache_dir()/"data"
     home.mkdir(parents=True, exist_ok=True)
     url, known_hash = archives[name]
@@ -304,7 +357,8 @@ def fetch(
         os.replace(home/f"{file}.part", output)
     with FileLock(cache_dir()/f"fetch-{name}.lock"):
         if not (home/name).exists():
-            archive = Path(pooch.retrieve(url, known_hash, fname=file, path=home, downloader=download))
+            archive = Path(pooch.retrieve(url, known_hash, fname=file, path=home,
+                                          downloader=download))
             _unpack(archive, home/name)
             archive.unlink()
     return home/name
@@ -315,17 +369,25 @@ def _download(url: str, part: Path, tries: int = 5) -> None:  # what has come st
         time.sleep(.1*attempt**2)
         have = part.stat().st_size if part.exists() else 0
         try:
-            with requests.get(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"}, stream=True, timeout=30) as reply:
-                if have and reply.status_code == 416: return  # nothing is left to send; the hash decides
+            with requests.get(url,
+                              headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"},
+                              stream=True, timeout=30) as reply:
+                # nothing is left to send; the hash decides
+                if have and reply.status_code == 416: return
                 reply.raise_for_status()
                 resumed, chunk = reply.status_code == 206, 2**16
                 left = int(reply.headers.get("Content-Length", 0))
                 with part.open("ab" if resumed else "wb") as file:
-                    for data in progress(reply.iter_content(chunk), f"{url}, pieces of 64 kB", -(-left//chunk)): file.write(data)
+                    for data in progress(reply.iter_content(chunk), f"{url}, pieces of 64 kB",
+                                         -(-left//chunk)):
+                        file.write(data)
             if part.stat().st_size >= left + have*resumed: return
             problem = "the connection was closed early"
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as e: problem = e
-    raise ConnectionError(f"{url} could not be fetched ({problem}); call again to go on from what is kept in {part}")
+        except (requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError) as e:
+            problem = e
+    raise ConnectionError(f"{url} could not be fetched ({problem}); call again to go on from what "
+                          f"is kept in {part}")
 
 def _unpack(
     archive: Path,
@@ -340,25 +402,35 @@ def _unpack(
             name, size = (entry.filename, entry.file_size) if zipped else (entry.name, entry.size)
             total += size
             outside = not (inside/name).resolve().is_relative_to(inside)
-            if outside: raise ValueError(f"{archive.name}: '{name}' would be unpacked outside its folder")
+            if outside:
+                raise ValueError(f"{archive.name}: '{name}' would be unpacked outside its folder")
             plain = zipped or entry.isfile() or entry.isdir()
-            if not plain: raise ValueError(f"{archive.name}: '{name}' is neither a file nor a folder")
-            if total > limit: raise ValueError(f"{archive.name} unpacks to more than {limit:,} bytes")
+            if not plain:
+                raise ValueError(f"{archive.name}: '{name}' is neither a file nor a folder")
+            if total > limit:
+                raise ValueError(f"{archive.name} unpacks to more than {limit:,} bytes")
         pack.extractall(inside, **({} if zipped else dict(filter="data")))
-        if not (inside/target.name).is_dir(): raise ValueError(f"{archive.name} holds no folder '{target.name}'")
+        if not (inside/target.name).is_dir():
+            raise ValueError(f"{archive.name} holds no folder '{target.name}'")
         (inside/target.name).rename(target)
 
 # %% ../nbs/03_data.ipynb #b5fd9068
-_cifar10_classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_cifar10_classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                    "truck")
 _cifar10_sha1 = {
-    "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540", "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
-    "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295", "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
-    "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628", "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}
+    "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+    "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+    "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+    "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+    "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628",
+    "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}
 
 def _checked(path: Path, kind: str, expected: str) -> bytes:  # the file's contents
     data = path.read_bytes()
     found = hashlib.new(kind, data, usedforsecurity=False).hexdigest()
-    if found != expected: raise ValueError(f"{path} is not the official file ({kind} {found}, not {expected}); get the set anew")
+    if found != expected:
+        raise ValueError(f"{path} is not the official file ({kind} {found}, not {expected}); get "
+                         "the set anew")
     return data
 
 def cifar10(
@@ -367,17 +439,20 @@ def cifar10(
     download: bool = False,  # fetch it (163 MB) if it is missing
 ) -> Images:
     "CIFAR-10, 32 × 32 pixels, in the official order."
-    if split not in ("train", "test"): raise ValueError(f"CIFAR-10 has the splits 'train' and 'test', not '{split}'")
+    if split not in ("train", "test"):
+        raise ValueError(f"CIFAR-10 has the splits 'train' and 'test', not '{split}'")
     how = f"get CIFAR-10 with `cifar10(download=True)` or unpack {CIFAR10.url} there"
     home = find_data((CIFAR10.base_folder, "cifar-10-batches-bin"), root, how, download)
     if home.name == CIFAR10.base_folder:
         meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]: _checked(home/file, "md5", md5)
+        for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+            _checked(home/file, "md5", md5)
         batches = CIFAR10(home.parent, train=split == "train")
         pixels, labels = batches.data.transpose(0, 3, 1, 2), batches.targets
     else:
         files = [file for file in _cifar10_sha1 if file.startswith("test") == (split == "test")]
-        records = np.frombuffer(b"".join(_checked(home/file, "sha1", _cifar10_sha1[file]) for file in files), np.uint8).reshape(-1, 3073)
+        records = np.frombuffer(b"".join(_checked(home/file, "sha1", _cifar10_sha1[file])
+                                         for file in files), np.uint8).reshape(-1, 3073)
         pixels, labels = records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
     return Images(f"CIFAR-10 {split}", np.ascontiguousarray(pixels), labels, _cifar10_classes)
 
@@ -388,14 +463,20 @@ def tiny_imagenet(
     download: bool = False,  # fetch it (248 MB) if it is missing
 ) -> Images:  # the classes are WordNet ids, sorted
     "Tiny ImageNet in its standard layout, or as much of it as is there."
-    if split not in ("train", "val"): raise ValueError(f"Tiny ImageNet has labels for the splits 'train' and 'val', not '{split}'")
+    if split not in ("train", "val"):
+        raise ValueError("Tiny ImageNet has labels for the splits 'train' and 'val', not "
+                         f"'{split}'")
     how = f"get Tiny ImageNet with `tiny_imagenet(download=True)` or unpack {archives['tiny-imagenet-200'][0]} there"
     home = find_data("tiny-imagenet-200", root, how, download)
     classes = sorted((home/"wnids.txt").read_text().split())
-    if split == "train": found = [(path, label) for label, c in enumerate(classes) for path in _image_files(home/"train"/c/"images")]
+    if split == "train":
+        found = [(path, label) for label, c in enumerate(classes)
+                 for path in _image_files(home/"train"/c/"images")]
     else:
-        rows = [line.split("\t") for line in (home/"val"/"val_annotations.txt").read_text().splitlines()]
-        found = [(path, classes.index(row[1])) for row in rows if (path := home/"val"/"images"/row[0]).exists()]
+        rows = [line.split("\t")
+                for line in (home/"val"/"val_annotations.txt").read_text().splitlines()]
+        found = [(path, classes.index(row[1])) for row in rows
+                 if (path := home/"val"/"images"/row[0]).exists()]
     name, whole = f"Tiny ImageNet {split}", dict(train=100_000, val=10_000)[split]
     if len(found) < whole:
         name += f" ({len(found):,} of {whole:,} images)"
@@ -407,11 +488,14 @@ def imagenet_val(
     root: str | Path | None = None,  # holds `val/WNID/*.JPEG` or `WNID/*.JPEG`; else `imagenet` in one of `find_data`'s places
 ) -> Images:  # the classes are WordNet ids, in the order of ImageNet's class indices
     "ImageNet's validation images, in torchvision's layout."
-    how = ("to get ImageNet's validation images, register at https://image-net.org, put ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12"
-           ".tar.gz into a folder, let `torchvision.datasets.ImageNet(folder, split='val')` sort them, and pass that folder")
+    how = ("to get ImageNet's validation images, register at https://image-net.org, put "
+           "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12"
+           ".tar.gz into a folder, let `torchvision.datasets.ImageNet(folder, split='val')` sort "
+           "them, and pass that folder")
     root = Path(root).expanduser() if root else find_data("imagenet", how=how)
     if not root.is_dir(): raise MissingData(f"ImageNet not found: there is no folder {root}; {how}")
     home = root/"val" if (root/"val").is_dir() else root
     if (n := sum(d.is_dir() for d in home.iterdir())) != 1000:
-        raise ValueError(f"{home} has {n} class folders, not 1000, so labels would not be ImageNet's; `folder` reads any set of classes")
+        raise ValueError(f"{home} has {n} class folders, not 1000, so labels would not be "
+                         "ImageNet's; `folder` reads any set of classes")
     return folder(home, "ImageNet val")

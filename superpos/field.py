@@ -6,7 +6,10 @@
 __all__ = ['Axis', 'Field', 'receptive_field', 'effective_field', 'Pathway', 'pathway']
 
 # %% ../nbs/20_field.ipynb #339d4ce5
-import contextlib, dataclasses, functools, math
+import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 
 # %% ../nbs/20_field.ipynb #a7a7fe58
@@ -15,7 +18,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from .model import Unit, check_evaluation, check_unit, find_layer, outputs
+
+from .model import Unit, check_evaluation, check_unit, find_layer, layer_outputs
 
 # %% ../nbs/20_field.ipynb #9a0241b7
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +31,16 @@ class Axis:
 
     def after(self, kernel: int, stride: int, padding: int, dilation: int) -> "Axis":
         "The fields one layer further on."
-        return Axis(self.size + (kernel - 1)*dilation*self.jump, self.jump*stride, self.first - padding*self.jump)
+        return Axis(self.size + (kernel - 1)*dilation*self.jump, self.jump*stride,
+                    self.first - padding*self.jump)
 
     def join(self, other: "Axis") -> "Axis":
         "The smallest fields that hold both."
-        if self.jump != other.jump: raise ValueError(f"branches with jumps of {self.jump} and {other.jump} pixels cannot be joined")
-        first, last = min(self.first, other.first), max(self.first + self.size, other.first + other.size)
+        if self.jump != other.jump:
+            raise ValueError(f"branches with jumps of {self.jump} and {other.jump} pixels cannot "
+                             "be joined")
+        first = min(self.first, other.first)
+        last = max(self.first + self.size, other.first + other.size)
         return Axis(last - first, self.jump, first)
 
     def span(self, i: int) -> tuple[int, int]:
@@ -56,30 +64,42 @@ class Field:
         size: tuple[int, int],  # height and width of the image
     ) -> tuple[tuple[int, int], tuple[int, int]]:  # rows and columns of the image: first, one past the last
         "The pixels of the image that the unit sees; raises `ValueError` if there are none."
-        spans = tuple((max(0, first), min(n, last)) for (first, last), n in zip(self.window(position), size))
-        if any(first >= last for first, last in spans): raise ValueError(f"the unit at {position} sees nothing of an image of {size[0]} × {size[1]} pixels")
+        spans = tuple((max(0, first), min(n, last))
+                      for (first, last), n in zip(self.window(position), size))
+        if any(first >= last for first, last in spans):
+            raise ValueError(f"the unit at {position} sees nothing of an image of {size[0]} × "
+                             f"{size[1]} pixels")
         return spans
 
 # %% ../nbs/20_field.ipynb #1f4c2273
 _windows = {  # name of an operation, and from its arguments: kernel, stride, padding, dilation
-    "conv2d": lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1: (weight.shape[-2:], stride, padding, dilation),
-    "max_pool2d": lambda input, kernel_size, stride=None, padding=0, dilation=1, *_, **__: (kernel_size, stride or kernel_size, padding, dilation),
-    "avg_pool2d": lambda input, kernel_size, stride=None, padding=0, *_, **__: (kernel_size, stride or kernel_size, padding, 1)}
-_same = {"relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "mish",
-         "batch_norm", "dropout", "dropout2d", "feature_dropout", "clone", "contiguous", "to", "float", "detach", "clamp", "square", "abs"}
-_joining = {"add", "sub", "mul", "div", "truediv", "radd", "rsub", "rmul", "iadd", "isub", "imul", "cat", "concat", "maximum", "minimum"}
+    "conv2d": lambda input, weight, bias=None, stride=1, padding=0, dilation=1,
+    groups=1: (weight.shape[-2:], stride, padding, dilation),
+    "max_pool2d": lambda input, kernel_size, stride=None, padding=0, dilation=1, *_,
+    **__: (kernel_size, stride or kernel_size, padding, dilation),
+    "avg_pool2d": lambda input, kernel_size, stride=None, padding=0, *_,
+    **__: (kernel_size, stride or kernel_size, padding, 1)}
+_same = {"relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "hardswish",
+         "hardsigmoid", "sigmoid", "tanh", "softplus", "mish",
+         "batch_norm", "dropout", "dropout2d", "feature_dropout", "clone", "contiguous", "to",
+         "float", "detach", "clamp", "square", "abs"}
+_joining = {"add", "sub", "mul", "div", "truediv", "radd", "rsub", "rmul", "iadd", "isub", "imul",
+            "cat", "concat", "maximum", "minimum"}
 
-def _pair(value) -> tuple[int, int]: return (value, value) if isinstance(value, int) else tuple(value)*(3 - len(value))
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)*(3 - len(value))
 
 def _axes(kernel, stride, padding, dilation) -> Iterator[tuple[int, int, int, int]]:
     "Kernel, stride, padding and dilation, for rows and then for columns."
     if padding == "valid": padding = 0
-    if padding == "same": padding = tuple(d*(k - 1)//2 for k, d in zip(_pair(kernel), _pair(dilation)))
+    if padding == "same":
+        padding = tuple(d*(k - 1)//2 for k, d in zip(_pair(kernel), _pair(dilation)))
     return zip(_pair(kernel), _pair(stride), _pair(padding), _pair(dilation))
 
 def _shift(field: Field, input, pad, mode="constant", value=None) -> Field | str:
     "The field behind `F.pad`; mirrored and repeated pixels lie in the window already."
-    if mode == "circular" or any(pad[4:]): return f"padding of mode '{mode}' over {len(pad)//2} axes"
+    if mode == "circular" or any(pad[4:]):
+        return f"padding of mode '{mode}' over {len(pad)//2} axes"
     (left, _, top, _) = (*pad[:4], 0, 0)[:4]
     return Field(field.rows.after(1, 1, top, 1), field.columns.after(1, 1, left, 1))
 
@@ -104,14 +124,18 @@ class _Watch(TorchFunctionMode):
     "Follows the fields of tensors through a forward pass."
     def __init__(self, image: torch.Tensor):
         super().__init__()
-        self.known, self.inside = {id(image): (image, Field(Axis(), Axis()))}, []  # the tensors are kept, so that no id comes twice
+        # the tensors are kept, so that no id comes twice
+        self.known, self.inside = {id(image): (image, Field(Axis(), Axis()))}, []
 
     def __torch_function__(self, fn, types, args=(), kwargs=None):
         result = fn(*args, **(kwargs or {}))
-        fields = [self.known[id(t)][1] for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and id(t) in self.known]
+        fields = [self.known[id(t)][1] for t in tree_leaves((args, kwargs))
+                  if isinstance(t, torch.Tensor) and id(t) in self.known]
         if fields:
-            after = _after(fn, args, kwargs or {}, fields) if any(isinstance(t, torch.Tensor) for t in tree_leaves(result)) else None
-            if isinstance(after, str) and after not in fields: after = f"{after} (in '{self.inside[-1]}')"
+            after = (_after(fn, args, kwargs or {}, fields)
+                     if any(isinstance(t, torch.Tensor) for t in tree_leaves(result)) else None)
+            if isinstance(after, str) and after not in fields:
+                after = f"{after} (in '{self.inside[-1]}')"
             for t in tree_leaves(result):
                 if isinstance(t, torch.Tensor): self.known[id(t)] = t, after
         return result
@@ -136,12 +160,16 @@ def receptive_field(
             raise _Reached
     try:
         for name, module in model.named_modules():
-            handles += [module.register_forward_pre_hook(lambda module, inputs, name=name: watch.inside.append(name)), module.register_forward_hook(leave)]
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda module, inputs, name=name: watch.inside.append(name)),
+                module.register_forward_hook(leave)]
         with contextlib.suppress(_Reached), watch: model(image)
     finally:
         for handle in handles: handle.remove()
     if not found: raise ValueError(f"the forward pass never reached '{layer}'")
-    if isinstance(found[0], str): raise ValueError(f"the receptive field of '{layer}' cannot be told: {found[0]}")
+    if isinstance(found[0], str):
+        raise ValueError(f"the receptive field of '{layer}' cannot be told: {found[0]}")
     return found[0]
 
 # %% ../nbs/20_field.ipynb #e87e896b
@@ -155,17 +183,22 @@ def effective_field(
     check_evaluation(model)
     unit = check_unit(model, unit)
     x = images.detach().clone().requires_grad_()
-    values = outputs(model, [unit.layer], x)[unit.layer][:, unit.index]
-    if values.ndim != 3: raise ValueError(f"'{unit.layer}' has no rows and columns, its values have shape {tuple(values.shape)}")
+    values = layer_outputs(model, [unit.layer], x)[unit.layer][:, unit.index]
+    if values.ndim != 3:
+        raise ValueError(f"'{unit.layer}' has no rows and columns, its values have shape "
+                         f"{tuple(values.shape)}")
     row, column = position or (values.shape[1]//2, values.shape[2]//2)
     if not (0 <= row < values.shape[1] and 0 <= column < values.shape[2]):
-        raise ValueError(f"'{unit.layer}' has positions up to ({values.shape[1] - 1}, {values.shape[2] - 1}) for these images, got {(row, column)}")
+        raise ValueError(f"'{unit.layer}' has positions up to ({values.shape[1] - 1}, "
+                         f"{values.shape[2] - 1}) for these images, got {(row, column)}")
     energy = torch.autograd.grad(values[:, row, column].sum(), x)[0].square().sum((0, 1))
-    if not energy.sum() > 0: raise ValueError(f"{unit} has no gradient for these images: it is constant, or not finite")
+    if not energy.sum() > 0:
+        raise ValueError(f"{unit} has no gradient for these images: it is constant, or not finite")
     return energy/energy.sum()
 
 # %% ../nbs/20_field.ipynb #42707b41
-_pointwise = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus,
+_pointwise = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish,
+              nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus,
               nn.BatchNorm2d, nn.Dropout, nn.Dropout2d, nn.Identity)
 _pooling = (nn.MaxPool2d, nn.AvgPool2d)
 
@@ -205,7 +238,8 @@ class Pathway:
     def parameters(self) -> dict[str, torch.Tensor]:
         "What the values are computed from, by its names in the model, from the image to the layer; of a chain, the convolutions' weights and biases."
         if self.chain is None: return {name: self.model.get_parameter(name) for name in self._names}
-        return {f"{link.name}.{n}": p for link in self.chain if isinstance(link.module, nn.Conv2d) for n, p in link.module.named_parameters()}
+        return {f"{link.name}.{n}": p for link in self.chain if isinstance(link.module, nn.Conv2d)
+                for n, p in link.module.named_parameters()}
 
     def __call__(self,
         x: torch.Tensor,  # crops of images, (N, 3, h, w), as the network takes them
@@ -216,10 +250,15 @@ class Pathway:
         "The layer's values at the position."
         (top, bottom), (left, right) = self.window
         if x.shape[-2:] != (bottom - top, right - left):
-            raise ValueError(f"this pathway takes crops of {bottom - top} × {right - left} pixels, got {x.shape[-2]} × {x.shape[-1]}; use its `crop`")
-        if convolve is not None and self.chain is None: raise NotImplementedError(f"another way of convolving needs a chain of layers; {self.why}")
+            raise ValueError(f"this pathway takes crops of {bottom - top} × {right - left} pixels, "
+                             f"got {x.shape[-2]} × {x.shape[-1]}; use its `crop`")
+        if convolve is not None and self.chain is None:
+            raise NotImplementedError("another way of convolving needs a chain of layers; "
+                                      f"{self.why}")
         weights = weights or {}
-        values = self._whole(x, weights, unit) if self.chain is None else self._cropped(x, convolve or functools.partial(self._convolve, weights, unit))
+        values = (self._whole(x, weights, unit) if self.chain is None
+                  else self._cropped(x,
+                                     convolve or functools.partial(self._convolve, weights, unit)))
         return values if unit is None else values[:, 0]
 
     @functools.cached_property
@@ -230,7 +269,8 @@ class Pathway:
         x = torch.zeros(1, *self.size, device=like.device, dtype=like.dtype)
         with torch.enable_grad(): waiting = [self._whole(x, own, None).grad_fn]
         seen, found = set(), []
-        while waiting:  # depth first, inputs before weights, so that names come in the order of the layers
+        # depth first, inputs before weights, so that names come in the order of the layers
+        while waiting:
             node = waiting.pop()
             if node is None or node in seen: continue
             seen.add(node)
@@ -240,10 +280,17 @@ class Pathway:
 
     def _cropped(self, x, convolve):
         for link in self.chain:
-            if any(link.padding): x = F.pad(x, link.padding, value=-math.inf if isinstance(link.module, nn.MaxPool2d) else 0.)
-            if isinstance(link.module, nn.Conv2d): x = convolve(f"{link.name}.weight", link.module, x)
-            elif isinstance(link.module, nn.MaxPool2d): x = F.max_pool2d(x, link.module.kernel_size, link.module.stride, dilation=link.module.dilation)
-            elif isinstance(link.module, nn.AvgPool2d): x = F.avg_pool2d(x, link.module.kernel_size, link.module.stride, divisor_override=link.module.divisor_override)
+            if any(link.padding):
+                x = F.pad(x, link.padding, value=-math.inf if isinstance(link.module, nn.MaxPool2d)
+                          else 0.)
+            if isinstance(link.module, nn.Conv2d):
+                x = convolve(f"{link.name}.weight", link.module, x)
+            elif isinstance(link.module, nn.MaxPool2d):
+                x = F.max_pool2d(x, link.module.kernel_size, link.module.stride,
+                                 dilation=link.module.dilation)
+            elif isinstance(link.module, nn.AvgPool2d):
+                x = F.avg_pool2d(x, link.module.kernel_size, link.module.stride,
+                                 divisor_override=link.module.divisor_override)
             elif isinstance(link.module, nn.ReLU): x = F.relu(x)
             else: x = link.module(x.clone() if getattr(link.module, "inplace", False) else x)
         return x.flatten(1)
@@ -254,14 +301,16 @@ class Pathway:
         rows = slice(None) if unit is None or layer != self.layer else slice(unit, unit + 1)
         weight, bias = weights.get(name, conv.weight), weights.get(f"{layer}.bias", conv.bias)
         if len(weight) == len(conv.weight): weight = weight[rows]
-        return F.conv2d(x, weight, None if bias is None else bias[rows], conv.stride, 0, conv.dilation, conv.groups)
+        return F.conv2d(x, weight, None if bias is None else bias[rows], conv.stride, 0,
+                        conv.dilation, conv.groups)
 
     def _whole(self, x, weights, unit):
         weight, row = f"{self.layer}.weight", weights.get(f"{self.layer}.weight")
         if unit is not None and row is not None and len(row) == 1:
             own = find_layer(self.model, self.layer).weight
-            weights = {**weights, weight: own.index_copy(0, torch.tensor([unit], device=own.device), row)}
-        values = outputs(self.model, [self.layer], x, weights=weights)[self.layer]
+            weights = {**weights, weight: own.index_copy(0, torch.tensor([unit], device=own.device),
+                                                         row)}
+        values = layer_outputs(self.model, [self.layer], x, weights=weights)[self.layer]
         convolution = isinstance(find_layer(self.model, self.layer), nn.Conv2d)
         values = values[(slice(None),)*(1 + convolution) + self.position]
         return values if unit is None else values[:, unit:unit + 1]
@@ -275,24 +324,34 @@ def pathway(
     "The cheapest exact way to a layer's units at one position."
     check_evaluation(model)
     target, like = find_layer(model, layer), next(model.parameters())
-    if not isinstance(target, (nn.Conv2d, nn.Linear)): raise ValueError(f"'{layer}' is not a convolution or a linear layer")
+    if not isinstance(target, (nn.Conv2d, nn.Linear)):
+        raise ValueError(f"'{layer}' is not a convolution or a linear layer")
     size = (*size,) if len(size) == 3 else (3, *size)
-    with torch.no_grad(): shape = outputs(model, [layer], torch.zeros(1, *size, device=like.device, dtype=like.dtype))[layer].shape
-    if shape[0] != 1: raise ValueError(f"the values of '{layer}' have shape {tuple(shape)} for one image; the batch must come first")
+    with torch.no_grad():
+        shape = layer_outputs(model, [layer], torch.zeros(1, *size, device=like.device,
+                                                          dtype=like.dtype))[layer].shape
+    if shape[0] != 1:
+        raise ValueError(f"the values of '{layer}' have shape {tuple(shape)} for one image; the "
+                         "batch must come first")
     inner = shape[2:] if isinstance(target, nn.Conv2d) else shape[1:-1]
     if position is None: position = (0,) if len(inner) == 1 else tuple(n//2 for n in inner)
     if len(position) != len(inner) or not all(0 <= i < n for i, n in zip(position, inner)):
-        raise ValueError(f"'{layer}' has positions up to {tuple(n - 1 for n in inner)} for images of {size[1]} × {size[2]}, got {tuple(position)}")
+        raise ValueError(f"'{layer}' has positions up to {tuple(n - 1 for n in inner)} for images "
+                         f"of {size[1]} × {size[2]}, got {tuple(position)}")
     try: return _shrink(model, layer, size, position, _chain(model, layer))
-    except _NoChain as reason: return Pathway(model, layer, tuple(position), ((0, size[1]), (0, size[2])), None, f"whole images are run: {reason}", size)
+    except _NoChain as reason:
+        return Pathway(model, layer, tuple(position), ((0, size[1]), (0, size[2])), None,
+                       f"whole images are run: {reason}", size)
 
 class _NoChain(Exception): "Why a layer cannot be reached through the window alone."
 
 def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
     "Names and modules of the steps to a layer, if each has one input."
-    if isinstance(find_layer(model, layer), nn.Linear): raise _NoChain(f"'{layer}' is a linear layer")
+    if isinstance(find_layer(model, layer), nn.Linear):
+        raise _NoChain(f"'{layer}' is a linear layer")
     try: graph = fx.Tracer().trace(model)
-    except Exception as problem: raise _NoChain(f"the network cannot be traced ({type(problem).__name__})") from problem
+    except Exception as problem:
+        raise _NoChain(f"the network cannot be traced ({type(problem).__name__})") from problem
     modules, steps = dict(model.named_modules()), []
     node = next((n for n in graph.nodes if n.op == "call_module" and n.target == layer), None)
     if node is None: raise _NoChain(f"'{layer}' is not a single step of the traced network")
@@ -301,10 +360,14 @@ def _chain(model: nn.Module, layer: str) -> list[tuple[str, nn.Module]]:
         if len(node.all_input_nodes) != 1: raise _NoChain(f"branches join at '{node.name}'")
         if node.op != "call_module": raise _NoChain(f"'{node.name}' is not a module")
         module = modules[node.target]
-        if not isinstance(module, (nn.Conv2d, *_pooling, *_pointwise)): raise _NoChain(f"'{node.target}' is a {type(module).__name__}")
-        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str): raise _NoChain(f"'{node.target}' has padding '{module.padding}'")
-        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros": raise _NoChain(f"'{node.target}' pads by {module.padding_mode}")
-        if isinstance(module, nn.AvgPool2d) and (any(_pair(module.padding)) or module.ceil_mode): raise _NoChain(f"'{node.target}' averages over padding")
+        if not isinstance(module, (nn.Conv2d, *_pooling, *_pointwise)):
+            raise _NoChain(f"'{node.target}' is a {type(module).__name__}")
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            raise _NoChain(f"'{node.target}' has padding '{module.padding}'")
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            raise _NoChain(f"'{node.target}' pads by {module.padding_mode}")
+        if isinstance(module, nn.AvgPool2d) and (any(_pair(module.padding)) or module.ceil_mode):
+            raise _NoChain(f"'{node.target}' averages over padding")
         steps.append((node.target, module))
         node = node.all_input_nodes[0]
     return steps[::-1]
@@ -320,11 +383,14 @@ def _shrink(model, layer, size, position, steps) -> Pathway:
             for axis, (kernel, stride, padding, dilation) in enumerate(_geometry(module)):
                 first = spans[axis][0]*stride - padding
                 last = (spans[axis][1] - 1)*stride - padding + (kernel - 1)*dilation + 1
-                if last <= 0 or first >= shape[axis]: raise _NoChain(f"the position sees nothing but the padding of '{name}'")
+                if last <= 0 or first >= shape[axis]:
+                    raise _NoChain(f"the position sees nothing but the padding of '{name}'")
                 overhang.append((max(0, -first), max(0, last - shape[axis])))
                 spans[axis] = max(0, first), min(shape[axis], last)
-        links.append(_Link(name, module, (*overhang[1], *overhang[0]) if overhang else (0, 0, 0, 0)))
-    return Pathway(model, layer, tuple(position), tuple(spans), tuple(reversed(links)), "a chain of layers: the window is all that is run", size)
+        links.append(_Link(name, module, (*overhang[1], *overhang[0]) if overhang
+                           else (0, 0, 0, 0)))
+    return Pathway(model, layer, tuple(position), tuple(spans), tuple(reversed(links)),
+                   "a chain of layers: the window is all that is run", size)
 
 def _shape_after(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(module, (nn.Conv2d, *_pooling)): return shape
@@ -332,5 +398,6 @@ def _shape_after(module: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:
     for n, (kernel, stride, padding, dilation) in zip(shape, _geometry(module)):
         room = n + 2*padding - dilation*(kernel - 1) - 1
         size = (math.ceil if ceil else math.floor)(room/stride) + 1
-        sizes.append(size - (ceil and (size - 1)*stride >= n + padding))  # a window must begin inside the image
+        # a window must begin inside the image
+        sizes.append(size - (ceil and (size - 1)*stride >= n + padding))
     return tuple(sizes)

@@ -21,7 +21,9 @@ def uniforms(
 ):
     "Fill `out` with the random numbers `first`, `first + stride`, … of a step."
     for e in range(examples):
-        z = np.uint32(np.uint32(np.uint32(first) + np.uint32(np.uint32(e)*np.uint32(stride)))*np.uint32(0x9E3779B9)) + np.uint32(key1)
+        z = np.uint32(np.uint32(np.uint32(first)
+                                + np.uint32(np.uint32(e)*np.uint32(stride)))*np.uint32(
+                                    0x9E3779B9)) + np.uint32(key1)
         z = np.uint32(z)
         z ^= z >> np.uint32(16)
         z = np.uint32(z*np.uint32(0x21F0AAAD))
@@ -33,7 +35,8 @@ def uniforms(
 
 # %% ../nbs/09_fused.ipynb #5e1dc83d
 @numba.njit(fastmath=True, error_model="numpy")
-def _sample(X, u, lanes, key1, key2, first, streams, density, offset, gate, shared, signed, exactly):
+def _sample(X, u, lanes, key1, key2, first, streams, density, offset, gate, shared, signed,
+            exactly):
     n = len(X)
     for i in range(n):
         row = X[i]
@@ -52,12 +55,15 @@ def _sample(X, u, lanes, key1, key2, first, streams, density, offset, gate, shar
         else:
             for e in range(lanes):
                 t = u[e]*scale - start
-                row[e] = np.float32(1) - t if (t >= np.float32(0)) & (t < np.float32(1)) else np.float32(0)
+                row[e] = (np.float32(1) - t if (t >= np.float32(0)) & (t < np.float32(1))
+                          else np.float32(0))
     if exactly > 0: _keep_smallest(X, lanes, key1, key2, first, streams, exactly)
     if signed:
         for i in range(n):
             row = X[i]
-            for e in range(lanes): row[e] = np.float32(2)*row[e] - np.float32(1) if row[e] > np.float32(0) else np.float32(0)
+            for e in range(lanes):
+                row[e] = (np.float32(2)*row[e] - np.float32(1) if row[e] > np.float32(0)
+                          else np.float32(0))
 
 @numba.njit
 def _keep_smallest(X, lanes, key1, key2, first, streams, exactly):
@@ -200,8 +206,11 @@ def train_steps(
 ):
     "Train every model for `len(rates)` steps of AdamW, each on fresh examples."
     models, n, m = W.shape
-    block, streams = min(batch, max(64, 4096//(n + m)//32*32)), n if exactly == 0 and not shared.any() else 2*n
-    X, H, D = np.empty((n, block), np.float32), np.empty((m, block), np.float32), np.empty((m, block), np.float32)
+    block = min(batch, max(64, 4096//(n + m)//32*32))
+    streams = n if exactly == 0 and not shared.any() else 2*n
+    X = np.empty((n, block), np.float32)
+    H = np.empty((m, block), np.float32)
+    D = np.empty((m, block), np.float32)
     u, g = np.empty(block, np.float32), np.empty(block, np.float32)
     grad = np.zeros(2*n*m + n, np.float32)
     dW, dV, db = grad[:n*m].reshape(n, m), grad[n*m:2*n*m].reshape(n, m), grad[2*n*m:]
@@ -211,22 +220,28 @@ def train_steps(
             total = 0.
             for first in range(0, batch, block):
                 lanes = min(block, batch - first)
-                _sample(X, u, lanes, keys[j, step, 0], keys[j, step, 1], first, streams, density[j], offset[j], gate, shared, signed, exactly)
+                _sample(X, u, lanes, keys[j, step, 0], keys[j, step, 1], first, streams, density[j],
+                        offset[j], gate, shared, signed, exactly)
                 _project(W[j], X, H, lanes, relu_hidden)
                 for k in range(m):
                     for e in range(lanes): D[k, e] = np.float32(0)
                 for i in range(n):
-                    part, bias = _output(out[i], b[j, i], importance[j, i], X[i], H, D, g, dout[i], lanes, relu_output, absolute)
+                    part, bias = _output(out[i], b[j, i], importance[j, i], X[i], H, D, g, dout[i],
+                                         lanes, relu_output, absolute)
                     total += part
                     db[i] += bias
                 if relu_hidden:
                     for k in range(m):
-                        for e in range(lanes): D[k, e] = D[k, e] if H[k, e] > np.float32(0) else np.float32(0)
+                        for e in range(lanes):
+                            D[k, e] = D[k, e] if H[k, e] > np.float32(0) else np.float32(0)
                 _inward(X, D, dW, lanes)
             losses[j, step] = total/batch
             for k in range(len(grad)): grad[k] /= np.float32(batch)
             t, state = done + step + 1, moments[j]
-            _adamw(W[j].reshape(-1), grad[:n*m], state[0, :n*m], state[1, :n*m], rates[step], decay, t)
-            if not tied: _adamw(V[j].reshape(-1), grad[n*m:2*n*m], state[0, n*m:2*n*m], state[1, n*m:2*n*m], rates[step], decay, t)
+            _adamw(W[j].reshape(-1), grad[:n*m], state[0, :n*m], state[1, :n*m], rates[step], decay,
+                   t)
+            if not tied:
+                _adamw(V[j].reshape(-1), grad[n*m:2*n*m], state[0, n*m:2*n*m], state[1, n*m:2*n*m],
+                       rates[step], decay, t)
             if biased: _adamw(b[j], db, state[0, 2*n*m:], state[1, 2*n*m:], rates[step], decay, t)
             else: db[:] = np.float32(0)

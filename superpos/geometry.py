@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['norms', 'gram', 'interference', 'dimensionality', 'capacity', 'dimensions_per_feature', 'represented', 'components',
-           'catalogue', 'deviation', 'polytope', 'rank', 'polytopes']
+           'named_polytopes', 'gram_deviation', 'polytope', 'approximate_rank', 'polytopes']
 
 # %% ../nbs/11_geometry.ipynb #046ae43c
 import numpy as np
@@ -15,15 +15,20 @@ from scipy.sparse.csgraph import connected_components
 # %% ../nbs/11_geometry.ipynb #9732c4c3
 def _check(W: torch.Tensor, matrix: bool = False) -> None:
     kind = W.dtype if isinstance(W, torch.Tensor) else type(W).__name__
-    if not getattr(kind, "is_floating_point", False): raise ValueError(f"W must be a torch tensor of floats, got {kind}")
-    if W.ndim < 2: raise ValueError(f"W must have shape (..., dimensions, features), got {tuple(W.shape)}")
+    if not getattr(kind, "is_floating_point", False):
+        raise ValueError(f"W must be a torch tensor of floats, got {kind}")
+    if W.ndim < 2:
+        raise ValueError(f"W must have shape (..., dimensions, features), got {tuple(W.shape)}")
     if matrix and W.ndim > 2:
-        raise ValueError(f"this takes one model of shape (dimensions, features), got {tuple(W.shape)}; select one, such as W[0, 0]")
-    if bad := int((~W.isfinite()).sum()): raise ValueError(f"W holds {bad} values that are not finite; did the training diverge?")
+        raise ValueError("this takes one model of shape (dimensions, features), got "
+                         f"{tuple(W.shape)}; select one, such as W[0, 0]")
+    if bad := int((~W.isfinite()).sum()):
+        raise ValueError(f"W holds {bad} values that are not finite; did the training diverge?")
 
 def _check_level(name: str, value: float, below: float = float("inf")) -> None:
     if not 0 <= value < below:
-        raise ValueError(f"{name} must be at least 0{f' and below {below}' if below < float('inf') else ''}, got {value}")
+        raise ValueError(f"{name} must be at least "
+                         f"0{f' and below {below}' if below < float('inf') else ''}, got {value}")
 
 # %% ../nbs/11_geometry.ipynb #8829307d
 def norms(
@@ -107,35 +112,44 @@ def _polygon(n: int, turn: float = 0) -> torch.Tensor:
 
 def _stack(*layers: tuple[torch.Tensor, float]) -> torch.Tensor:
     "Polygons, each at a height of the unit sphere."
-    return torch.cat([torch.cat([flat*(1 - z*z)**.5, torch.full_like(flat[:1], z)]) for flat, z in layers], 1)
+    return torch.cat([torch.cat([flat*(1 - z*z)**.5, torch.full_like(flat[:1], z)])
+                      for flat, z in layers], 1)
 
 def _simplex(n: int) -> torch.Tensor:
     return _unit(torch.linalg.svd(torch.eye(n, dtype=torch.float64) - 1/n)[0][:, :n - 1].T)
 
 def _cross(n: int) -> torch.Tensor:
-    return torch.cat([torch.eye(n//2, dtype=torch.float64), -torch.eye(n//2, dtype=torch.float64)], 1)
+    return torch.cat([torch.eye(n//2, dtype=torch.float64), -torch.eye(n//2, dtype=torch.float64)],
+                     1)
 
 def _solids(n: int) -> dict[str, list[torch.Tensor]]:
     "Arrangements on the sphere that exist for one number of features only."
     pole, square, turned, pentagon = _polygon(1), _polygon(4), _polygon(4, .5), _polygon(5)
     if n == 4: return {"tetrahedron": [_stack((pole, 1), (_polygon(3), -1/3))]}
-    if n == 5: return {"triangular bipyramid": [_stack((_polygon(3), 0), (pole, 1), (pole, -1))],
-                       "square pyramid": [_stack((square, -z), (pole, 1)) for z in np.linspace(0, 6**-.5, 5)]}
+    if n == 5:
+        return {"triangular bipyramid": [_stack((_polygon(3), 0), (pole, 1), (pole, -1))],
+                "square pyramid": [_stack((square, -z), (pole, 1))
+                                   for z in np.linspace(0, 6**-.5, 5)]}
     if n == 7: return {"pentagonal bipyramid": [_stack((pentagon, 0), (pole, 1), (pole, -1))]}
-    if n == 8: return {"cube": [_stack((square, 3**-.5), (square, -3**-.5))],
-                       "square antiprism": [_stack((square, z), (turned, -z)) for z in np.linspace(1/(1 + 8**.5), 1/3, 3)**.5]}
-    if n == 12: return {"icosahedron": [_stack((pole, 1), (pentagon, 5**-.5), (_polygon(5, .5), -5**-.5), (pole, -1))]}
+    if n == 8:
+        return {"cube": [_stack((square, 3**-.5), (square, -3**-.5))],
+                "square antiprism": [_stack((square, z), (turned, -z))
+                                     for z in np.linspace(1/(1 + 8**.5), 1/3, 3)**.5]}
+    if n == 12:
+        return {"icosahedron": [_stack((pole, 1), (pentagon, 5**-.5), (_polygon(5, .5), -5**-.5),
+                                       (pole, -1))]}
     return {}
 
 # %% ../nbs/11_geometry.ipynb #f6fe0f6b
-def catalogue(
+def named_polytopes(
     n: int,  # number of features
 ) -> dict[str, torch.Tensor]:  # name: directions of length 1, float64, (shapes, dimensions, n)
     "The arrangements of `n` features that have a name."
     if n < 1: raise ValueError(f"an arrangement has at least one feature, got n = {n}")
     if n == 1: return {"single": torch.ones(1, 1, 1, dtype=torch.float64)}
     shapes = {{2: "digon", 3: "triangle", 4: "tetrahedron"}.get(n, "simplex"): [_simplex(n)]}
-    polygons = dict(enumerate(("triangle", "square", "pentagon", "hexagon", "heptagon", "octagon"), start=3))
+    polygons = dict(enumerate(("triangle", "square", "pentagon", "hexagon", "heptagon", "octagon"),
+                              start=3))
     if n > 2: shapes[polygons.get(n, f"{n}-gon")] = [_polygon(n)]
     if n > 5 and n % 2 == 0: shapes["octahedron" if n == 6 else "cross polytope"] = [_cross(n)]
     return {name: torch.stack(variants) for name, variants in (shapes | _solids(n)).items()}
@@ -159,14 +173,15 @@ def _search(G: np.ndarray, R: np.ndarray, enough: float, starts: int = 50) -> fl
     "The smallest deviation found, or the first that is not above `enough`."
     best, rng = 1., np.random.default_rng(0)
     for _ in range(starts):
-        order = quadratic_assignment(G, R, options=dict(maximize=True, P0="randomized", rng=rng)).col_ind
+        order = quadratic_assignment(G, R, options=dict(maximize=True, P0="randomized",
+                                                        rng=rng)).col_ind
         agreement = (G*R[np.ix_(order, order)]).sum()
         best = min(best, np.linalg.norm(G - agreement*R[np.ix_(order, order)]))
         if best <= enough: break
     return float(best)
 
 # %% ../nbs/11_geometry.ipynb #91c654c3
-def deviation(
+def gram_deviation(
     W: torch.Tensor,  # (m, n)
     reference: torch.Tensor,  # (k, n), in any number of dimensions
     enough: float = 1e-7,  # stop looking for a better order of the features once the deviation is this small
@@ -174,27 +189,32 @@ def deviation(
     "Relative difference of the Gram matrices, after the best reordering and scaling that were found."
     for V in (W, reference): _check(V, matrix=True)
     if W.shape[1] != reference.shape[1]:
-        raise ValueError(f"only equally many features can be compared, got {W.shape[1]} and {reference.shape[1]}")
-    if not (W.any() and reference.any()): raise ValueError("every feature is zero: there is no arrangement to compare")
+        raise ValueError(f"only equally many features can be compared, got {W.shape[1]} and "
+                         f"{reference.shape[1]}")
+    if not (W.any() and reference.any()):
+        raise ValueError("every feature is zero: there is no arrangement to compare")
     return _search(_scaled_gram(W), _scaled_gram(reference), enough)
 
 # %% ../nbs/11_geometry.ipynb #3ade5d19
 def polytope(
     W: torch.Tensor,  # (m, n), the features of one component
-    tolerance: float = 0.1,  # largest `deviation` at which a name is given
-) -> str:  # a name in `catalogue(n)`, or "other"
+    tolerance: float = 0.1,  # largest `gram_deviation` at which a name is given
+) -> str:  # a name in `named_polytopes(n)`, or "other"
     "The name of an arrangement, whatever its order, orientation and scale."
     _check(W, matrix=True)
     _check_level("tolerance", tolerance, below=1)
-    if not W.any(): raise ValueError(f"W of shape {tuple(W.shape)} holds no feature that is not zero: there is nothing to name")
+    if not W.any():
+        raise ValueError(f"W of shape {tuple(W.shape)} holds no feature that is not zero: there is "
+                         "nothing to name")
     G, found = _scaled_gram(W), {}
-    for name, shapes in catalogue(W.shape[1]).items():
+    for name, shapes in named_polytopes(W.shape[1]).items():
         for R in map(_scaled_gram, shapes):
-            if _least(G, R) <= tolerance + 1e-9: found[name] = min(found.get(name, 1.), _search(G, R, enough=tolerance))
+            if _least(G, R) <= tolerance + 1e-9:
+                found[name] = min(found.get(name, 1.), _search(G, R, enough=tolerance))
     best = min(found, key=found.get, default="other")
     return best if best != "other" and found[best] <= tolerance + 1e-9 else "other"
 
-def rank(
+def approximate_rank(
     W: torch.Tensor,  # (..., m, n)
     tolerance: float = 0.1,  # of the Gram matrix, relative, as in `polytope`
 ) -> torch.Tensor:  # integers, (...)
@@ -209,8 +229,9 @@ def rank(
 def polytopes(
     W: torch.Tensor,  # (m, n)
     threshold: float = 0.3,  # of |Ŵ_i·W_j|, above which two features are joined
-    tolerance: float = 0.1,  # largest `deviation` at which a name is given
+    tolerance: float = 0.1,  # largest `gram_deviation` at which a name is given
     represented_above: float = 0.5,  # norm above which a feature counts
 ) -> list[tuple[str, tuple[int, ...]]]:  # name and features of each component
     "The shapes that the represented features form."
-    return [(polytope(W[:, list(features)], tolerance), features) for features in components(W, threshold, represented_above)]
+    return [(polytope(W[:, list(features)], tolerance), features)
+            for features in components(W, threshold, represented_above)]

@@ -4,10 +4,15 @@
 
 # %% auto #0
 __all__ = ['imagenet_mean', 'imagenet_deviation', 'Unit', 'SmallAlexNet', 'Block', 'ResNet8', 'layers', 'find_layer',
-           'check_evaluation', 'check_unit', 'outputs', 'load_model', 'fingerprint', 'imagenet_input']
+           'check_evaluation', 'check_unit', 'layer_outputs', 'load_model', 'fingerprint', 'imagenet_input']
 
 # %% ../nbs/04_model.ipynb #47a30081
-import contextlib, dataclasses, difflib, hashlib, os, warnings
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import os
+import warnings
 from pathlib import Path
 
 # %% ../nbs/04_model.ipynb #dc81311e
@@ -29,7 +34,8 @@ class Unit:
     ) -> "Unit":
         "The unit that `text` names."
         layer, colon, index = text.rpartition(":")
-        if not (layer and colon and index.isdecimal()): raise ValueError(f"'{text}' names no unit; write layer:index, such as features.10:9")
+        if not (layer and colon and index.isdecimal()):
+            raise ValueError(f"'{text}' names no unit; write layer:index, such as features.10:9")
         return cls(layer, int(index))
 
     def __str__(self) -> str: return f"{self.layer}:{self.index}"
@@ -60,10 +66,14 @@ class Block(nn.Module):
     "Two convolutions and a way around them."
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = (nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+                                nn.BatchNorm2d(outputs))
+        self.conv2, self.bn2 = (nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+                                nn.BatchNorm2d(outputs))
         same = stride == 1 and inputs == outputs
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = (nn.Identity() if same
+                         else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                                            nn.BatchNorm2d(outputs)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "(N, inputs, H, W) to (N, outputs, H/stride, W/stride)."
@@ -77,7 +87,8 @@ class ResNet8(nn.Module):
     ):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2*width, 2), Block(2*width, 4*width, 2))
+        self.stages = nn.Sequential(Block(width, width, 1), Block(width, 2*width, 2),
+                                    Block(2*width, 4*width, 2))
         self.head = nn.Linear(4*width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +100,8 @@ def layers(
     model: nn.Module,  # any network
 ) -> dict[str, int]:  # name of each convolution or linear layer: how many units it has
     "The layers that have units."
-    return {name: m.weight.shape[0] for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return {name: m.weight.shape[0] for name, m in model.named_modules()
+            if isinstance(m, (nn.Conv2d, nn.Linear))}
 
 def find_layer(
     model: nn.Module,  # any network
@@ -99,14 +111,16 @@ def find_layer(
     modules = dict(model.named_modules())
     if name and name in modules: return modules[name]
     near = difflib.get_close_matches(name, list(modules), n=3, cutoff=.3)
-    raise ValueError(f"{type(model).__name__} has no layer '{name}'; the nearest names are {', '.join(near) or ', '.join(layers(model))}")
+    raise ValueError(f"{type(model).__name__} has no layer '{name}'; the nearest names are "
+                     f"{', '.join(near) or ', '.join(layers(model))}")
 
 def check_evaluation(
     model: nn.Module,  # any network
 ) -> None:
     "Raise `ValueError` if the model, or a part of it, is in training mode."
     if any(m.training for m in model.modules()):
-        raise ValueError("the model or a part of it is in training mode, where values depend on the other images of the batch; call model.eval() first")
+        raise ValueError("the model or a part of it is in training mode, where values depend on "
+                         "the other images of the batch; call model.eval() first")
 
 def check_unit(
     model: nn.Module,  # any network
@@ -116,14 +130,17 @@ def check_unit(
     unit = Unit.parse(unit) if isinstance(unit, str) else unit
     find_layer(model, unit.layer)
     count = layers(model).get(unit.layer)
-    if count is None: raise ValueError(f"'{unit.layer}' is not a convolution or linear layer, so it has no units; there are {', '.join(layers(model))}")
-    if not 0 <= unit.index < count: raise ValueError(f"'{unit.layer}' has units 0..{count - 1}, got {unit.index}")
+    if count is None:
+        raise ValueError(f"'{unit.layer}' is not a convolution or linear layer, so it has no "
+                         f"units; there are {', '.join(layers(model))}")
+    if not 0 <= unit.index < count:
+        raise ValueError(f"'{unit.layer}' has units 0..{count - 1}, got {unit.index}")
     return unit
 
 # %% ../nbs/04_model.ipynb #512399f4
 class _Done(Exception): "Ends a forward pass."
 
-def outputs(
+def layer_outputs(
     model: nn.Module,  # any network
     names: list[str],  # of layers
     x: torch.Tensor,  # (N, ...) inputs
@@ -143,7 +160,8 @@ def outputs(
         with contextlib.suppress(_Done): torch.func.functional_call(model, weights or {}, (x,))
     finally:
         for handle in handles: handle.remove()
-    if missing := set(names) - set(found): raise ValueError(f"the forward pass never reached {', '.join(sorted(missing))}")
+    if missing := set(names) - set(found):
+        raise ValueError(f"the forward pass never reached {', '.join(sorted(missing))}")
     return found
 
 # %% ../nbs/04_model.ipynb #6d2459ff
@@ -154,10 +172,12 @@ def load_model(
     "A torchvision network in evaluation mode, with frozen parameters."
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise ValueError(f"torchvision has no network '{name}'; the nearest names are {', '.join(difflib.get_close_matches(name, known, cutoff=.3))}")
+        raise ValueError(f"torchvision has no network '{name}'; the nearest names are "
+                         f"{', '.join(difflib.get_close_matches(name, known, cutoff=.3))}")
     is_file = weights is not None and Path(weights).suffix in (".safetensors", ".pth", ".pt")
     if weights is not None and not is_file and (Path(weights).suffix or os.sep in str(weights)):
-        raise ValueError(f"{weights}: weights are the name of one of torchvision's, or a .safetensors, .pth or .pt file")
+        raise ValueError(f"{weights}: weights are the name of one of torchvision's, or a "
+                         ".safetensors, .pth or .pt file")
     extra = {"init_weights": False} if name == "googlenet" and weights is None else {}
     model = torchvision.models.get_model(name, weights=None if is_file else weights, **extra)
     if is_file: _load_file(model, Path(weights))
@@ -167,21 +187,32 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
     "The tensors of a file of weights, by their names."
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file of weights")
     from safetensors.torch import load_file
-    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem: raise ValueError(f"{path.name} cannot be read as plain weights, and nothing else is loaded ({type(problem).__name__})") from problem
-    if not isinstance(state, dict): raise ValueError(f"{path.name} holds a {type(state).__name__}, not tensors by their names")
+    try:
+        state = (load_file(path) if path.suffix == ".safetensors"
+                 else torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as problem:
+        raise ValueError(f"{path.name} cannot be read as plain weights, and nothing else is loaded "
+                         f"({type(problem).__name__})") from problem
+    if not isinstance(state, dict):
+        raise ValueError(f"{path.name} holds a {type(state).__name__}, not tensors by their names")
     return state
 
 def _check_finite(state: dict[str, torch.Tensor], path: Path) -> None:
-    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]: raise ValueError(f"{path.name} holds values that are not finite, in {', '.join(bad[:3])}")
+    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]:
+        raise ValueError(f"{path.name} holds values that are not finite, in {', '.join(bad[:3])}")
 
 def _load_file(model: nn.Module, path: Path) -> None:
     state, own = _read_file(path), model.state_dict()
     wrong = [k for k, v in state.items() if k not in own or own[k].shape != v.shape]
-    if wrong: raise ValueError(f"{path.name} does not fit {type(model).__name__}: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} not there or of another shape")
+    if wrong:
+        raise ValueError(f"{path.name} does not fit {type(model).__name__}: "
+                         f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} not there or "
+                         "of another shape")
     _check_finite(state, path)
     missing = model.load_state_dict(state, strict=False).missing_keys
-    if missing: warnings.warn(f"{path.name} covers {len(state)} of {len(own)} tensors; these keep random values: {', '.join(missing)}", stacklevel=3)
+    if missing:
+        warnings.warn(f"{path.name} covers {len(state)} of {len(own)} tensors; these keep random "
+                      f"values: {', '.join(missing)}", stacklevel=3)
 
 # %% ../nbs/04_model.ipynb #eddb0529
 def fingerprint(
@@ -196,13 +227,15 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../nbs/04_model.ipynb #dca0e3dd
-imagenet_mean, imagenet_deviation = (.485, .456, .406), (.229, .224, .225)  # of red, green and blue, for colours in 0..1
+# of red, green and blue, for colours in 0..1
+imagenet_mean, imagenet_deviation = (.485, .456, .406), (.229, .224, .225)
 
 def imagenet_input(
     x: torch.Tensor,  # uint8 pixels, (..., 3, H, W)
 ) -> torch.Tensor:  # float32, the same shape, channels_last where there is a batch
     "Bytes to what torchvision's ImageNet networks take."
     if x.dtype != torch.uint8: raise TypeError(f"pixels must be uint8, got {x.dtype}")
-    mean, deviation = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (imagenet_mean, imagenet_deviation))
+    mean, deviation = (torch.tensor(v, device=x.device).view(3, 1, 1)
+                       for v in (imagenet_mean, imagenet_deviation))
     x = (x/255 - mean)/deviation
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x

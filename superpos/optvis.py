@@ -6,7 +6,12 @@
 __all__ = ['Direction', 'contrast', 'visualise', 'preference', 'total_variation', 'fine_detail', 'as_jpeg', 'from_jpeg']
 
 # %% ../nbs/23_optvis.ipynb #475b5814
-import base64, contextlib, dataclasses, operator, random, warnings
+import base64
+import contextlib
+import dataclasses
+import operator
+import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 # %% ../nbs/23_optvis.ipynb #3ff3411d
@@ -15,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
+
 from .core import progress
-from .model import Unit, check_evaluation, check_unit, find_layer, imagenet_input, outputs
+from .model import Unit, check_evaluation, check_unit, find_layer, imagenet_input
+
+# %% ../nbs/23_optvis.ipynb #9814f65a
+from .model import layer_outputs
 
 # %% ../nbs/23_optvis.ipynb #da68445b
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +46,17 @@ def contrast(
     "The direction, of length 1, from the mean of the other group to the mean of the own; the unit, if given, counts as much again."
     groups = [torch.as_tensor(g, dtype=torch.float32) for g in (own, other)]
     if any(g.ndim != 2 or not len(g) for g in groups) or groups[0].shape[1] != groups[1].shape[1]:
-        raise ValueError(f"both groups must be (N, units) of the same layer, got {' and '.join(str(tuple(g.shape)) for g in groups)}")
+        raise ValueError("both groups must be (N, units) of the same layer, got "
+                         f"{' and '.join(str(tuple(g.shape)) for g in groups)}")
     difference = groups[0].mean(0) - groups[1].mean(0)
-    if not difference.norm() > 0: raise ValueError("the means of the groups do not differ, so there is no direction from one to the other")
+    if not difference.norm() > 0:
+        raise ValueError("the means of the groups do not differ, so there is no direction from one "
+                         "to the other")
     vector = difference/difference.norm()
     if unit is None: return Direction(layer, vector, "own minus other")
     unit = Unit.parse(unit) if isinstance(unit, str) else unit
-    if unit.layer != layer or unit.index >= len(vector): raise ValueError(f"{unit} is none of the {len(vector)} units of '{layer}'")
+    if unit.layer != layer or unit.index >= len(vector):
+        raise ValueError(f"{unit} is none of the {len(vector)} units of '{layer}'")
     vector[unit.index] += 1
     return Direction(layer, vector/vector.norm(), f"{unit}, own minus other")
 
@@ -74,41 +87,57 @@ def _asked(model: nn.Module, loss: Callable, read: Callable) -> tuple[str, ...]:
         except _NotYet as layer: names.append(layer.args[0])
         else: return tuple(names)
 
-def _layers_of(target: Unit | Direction | _Objective) -> tuple[str, ...]: return target.layers if isinstance(target, _Objective) else (target.layer,)
+def _layers_of(target: Unit | Direction | _Objective) -> tuple[str, ...]:
+    return target.layers if isinstance(target, _Objective) else (target.layer,)
 
-def _value(model: nn.Module, values: dict[str, torch.Tensor], target: Unit | Direction | _Objective, at: str) -> torch.Tensor:
+def _value(model: nn.Module, values: dict[str, torch.Tensor], target: Unit | Direction | _Objective,
+           at: str) -> torch.Tensor:
     if isinstance(target, _Objective): return -target.loss(_by_name(model, values)).reshape(1)
     layer = values[target.layer]
-    found = layer[:, target.index] if isinstance(target, Unit) else torch.tensordot(layer, target.vector.to(layer), ([1], [0]))
+    found = (layer[:, target.index] if isinstance(target, Unit)
+             else torch.tensordot(layer, target.vector.to(layer), ([1], [0])))
     if found.ndim == 1: return found
     if at == "centre": return found[:, found.shape[1]//2, found.shape[2]//2]
     return found.mean((1, 2)) if at == "mean" else found.amax((1, 2))
 
 # %% ../nbs/23_optvis.ipynb #5aadad4c
-def _parameters(model: nn.Module, targets: list, given: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+def _parameters(model: nn.Module, targets: list, given: dict[str, torch.Tensor] | None) -> dict[
+    str, torch.Tensor]:
     "The model's parameters, detached, some replaced; in the layer of a single unit one row may stand for it."
     own = {name: p.detach() for name, p in model.named_parameters()}
-    row = f"{targets[0].layer}.weight" if len(targets) == 1 and isinstance(targets[0], Unit) else None
+    row = (f"{targets[0].layer}.weight" if len(targets) == 1 and isinstance(targets[0], Unit)
+           else None)
     for name, weight in (given or {}).items():
-        if name not in own: raise ValueError(f"{type(model).__name__} has no parameter '{name}' to replace; it has {', '.join(list(own)[:4])} ...")
+        if name not in own:
+            raise ValueError(f"{type(model).__name__} has no parameter '{name}' to replace; it has "
+                             f"{', '.join(list(own)[:4])} ...")
         weight = weight.detach().to(own[name])
         if name == row and weight.shape == (1, *own[name].shape[1:]):
-            weight = own[name].index_copy(0, torch.tensor([targets[0].index], device=weight.device), weight)
-        if weight.shape != own[name].shape: raise ValueError(f"'{name}' has shape {tuple(own[name].shape)}, got {tuple(weight.shape)}")
+            weight = own[name].index_copy(0, torch.tensor([targets[0].index], device=weight.device),
+                                          weight)
+        if weight.shape != own[name].shape:
+            raise ValueError(f"'{name}' has shape {tuple(own[name].shape)}, got "
+                             f"{tuple(weight.shape)}")
         own[name] = weight
     return own
 
-def _fold(model: nn.Module, targets: list, parameters: dict[str, torch.Tensor], when: str) -> tuple[list, dict[str, torch.Tensor]]:
+def _fold(model: nn.Module, targets: list, parameters: dict[str, torch.Tensor],
+          when: str) -> tuple[list, dict[str, torch.Tensor]]:
     "The same targets as the only units of their layer, where that can be."
     names, kinds = {n for t in targets for n in _layers_of(t)}, {type(t) for t in targets}
-    if len(names) > 1 or _Objective in kinds or (Direction in kinds and when == "post"): return targets, parameters
+    if len(names) > 1 or _Objective in kinds or (Direction in kinds and when == "post"):
+        return targets, parameters
     layer, = names
     module, weight = find_layer(model, layer), f"{layer}.weight"
-    if type(module) not in (nn.Conv2d, nn.Linear) or getattr(module, "groups", 1) > 1 or weight not in parameters: return targets, parameters
-    if sum(p is module.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1: return targets, parameters
+    if (type(module) not in (nn.Conv2d, nn.Linear) or getattr(module, "groups", 1) > 1
+        or weight not in parameters):
+        return targets, parameters
+    if sum(p is module.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        return targets, parameters
     def rows(p):
         if kinds == {Unit}: return p[[t.index for t in targets]]
-        vectors = [F.one_hot(torch.tensor(t.index), len(p)) if isinstance(t, Unit) else t.vector for t in targets]
+        vectors = [F.one_hot(torch.tensor(t.index), len(p)) if isinstance(t, Unit) else t.vector
+                   for t in targets]
         return torch.tensordot(torch.stack([v.to(p) for v in vectors]), p, 1)
     folded = {n: rows(parameters[n]) for n in (weight, f"{layer}.bias") if n in parameters}
     return [Unit(layer, i) for i in range(len(targets))], {**parameters, **folded}
@@ -116,26 +145,34 @@ def _fold(model: nn.Module, targets: list, parameters: dict[str, torch.Tensor], 
 def _shift_and_scale(prepare: Callable, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "What `prepare` does to bytes, for values in 0..1 and differentiable."
     x = torch.arange(192, dtype=torch.uint8, device=like.device).view(1, 3, 8, 8)
-    low, high, made = (prepare(v).to(like) for v in (torch.zeros_like(x), torch.full_like(x, 255), x))
+    low, high, made = (prepare(v).to(like) for v in (torch.zeros_like(x), torch.full_like(x, 255),
+                                                     x))
     shift, scale = low[..., :1, :1], (high - low)[..., :1, :1]
-    if made.shape != x.shape or not torch.allclose(made, shift + scale*(x/255).to(like), rtol=1e-2, atol=1e-2):
-        raise ValueError("prepare must shift and scale each channel and do nothing else, so that gradients pass through it; see `resize` for sizes")
+    if (made.shape != x.shape or not torch.allclose(made, shift + scale*(x/255).to(like), rtol=1e-2,
+                                                    atol=1e-2)):
+        raise ValueError("prepare must shift and scale each channel and do nothing else, so that "
+                         "gradients pass through it; see `resize` for sizes")
     return shift, scale
 
 class _Reader:
     "Reads the values of targets from pictures: equally many for each target, in their order."
-    def __init__(self, model, targets, each, shape, at, when, weights, prepare, resize, whole_layers=False):
+    def __init__(self, model, targets, each, shape, at, when, weights, prepare, resize,
+                 whole_layers=False):
         check_evaluation(model)
-        if at not in ("mean", "centre", "maximum"): raise ValueError(f"at is 'mean', 'centre' or 'maximum', got '{at}'")
+        if at not in ("mean", "centre", "maximum"):
+            raise ValueError(f"at is 'mean', 'centre' or 'maximum', got '{at}'")
         self.model, self.at, self.when, self.resize = model, at, when, resize
         self.like = next(model.parameters())
         self.shift, self.scale = _shift_and_scale(prepare, self.like)
         targets = [self._known(t) for t in targets]
         self.parameters = _parameters(model, targets, weights)
-        self.targets = [_Objective(t, _asked(model, t, lambda names: self._probe(names, each, shape))) if callable(t) else t for t in targets]
+        self.targets = [_Objective(t,
+                                   _asked(model, t, lambda names: self._probe(names, each, shape)))
+                        if callable(t) else t for t in targets]
         self.names = sorted({name for t in self.targets for name in _layers_of(t)})
         self._check(self._probe(self.names, 1, shape))
-        if not whole_layers: self.targets, self.parameters = _fold(model, self.targets, self.parameters, when)
+        if not whole_layers:
+            self.targets, self.parameters = _fold(model, self.targets, self.parameters, when)
 
     def _known(self, target):
         if callable(target): return target
@@ -143,16 +180,21 @@ class _Reader:
         find_layer(self.model, target.layer)
         return target
 
-    def read(self, pictures: torch.Tensor, names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    def read(self, pictures: torch.Tensor,
+             names: list[str] | None = None) -> dict[str, torch.Tensor]:
         "The values of the targets' layers for pictures in 0..1, (n, 3, H, W)."
-        x = F.interpolate(pictures, (self.resize, self.resize), mode="bilinear", align_corners=True) if self.resize else pictures
+        x = (F.interpolate(pictures, (self.resize, self.resize), mode="bilinear",
+                           align_corners=True) if self.resize else pictures)
         names = self.names if names is None else [n for n in names if n != "input"]
         x = self.shift + self.scale*x.to(self.like)
-        return {"input": pictures, **(outputs(self.model, names, x, self.when, self.parameters) if names else {})}
+        return {"input": pictures,
+                **(layer_outputs(self.model, names, x, self.when, self.parameters) if names
+                   else {})}
 
     def value(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
         "What is to be driven, for each picture, or each objective of Lucent's."
-        return torch.cat([_value(self.model, part, t, self.at) for t, part in zip(self.targets, self.parts(values))])
+        return torch.cat([_value(self.model, part, t, self.at)
+                          for t, part in zip(self.targets, self.parts(values))])
 
     def parts(self, values: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
         "Each target's share of the pictures."
@@ -162,16 +204,22 @@ class _Reader:
     @torch.no_grad()
     def _probe(self, names, count, shape):
         "The layers' values for grey pictures; raises `ValueError` if they are too small."
-        run = lambda *shape: self.read(torch.full((count, 3, *shape), .5, device=self.like.device), names)
+        run = lambda *shape: self.read(torch.full((count, 3, *shape), .5, device=self.like.device),
+                                       names)
         try: return run(*shape)
-        except RuntimeError as problem: raise ValueError(_too_small(run, shape, names, problem)) from problem
+        except RuntimeError as problem:
+            raise ValueError(_too_small(run, shape, names, problem)) from problem
 
     def _check(self, values):
         for t in self.targets:
             if isinstance(t, _Objective): continue
             found = tuple(values[t.layer].shape)
-            if len(found) not in (2, 4): raise ValueError(f"'{t.layer}' gives values of shape {found}, not (images, units) or (images, units, rows, columns)")
-            if isinstance(t, Direction) and t.vector.shape != found[1:2]: raise ValueError(f"'{t.layer}' has {found[1]} units, {t} has {len(t.vector)} weights")
+            if len(found) not in (2, 4):
+                raise ValueError(f"'{t.layer}' gives values of shape {found}, not (images, units) "
+                                 "or (images, units, rows, columns)")
+            if isinstance(t, Direction) and t.vector.shape != found[1:2]:
+                raise ValueError(f"'{t.layer}' has {found[1]} units, {t} has {len(t.vector)} "
+                                 "weights")
 
 def _too_small(run: Callable, shape: tuple[int, int], names: list[str], problem: Exception) -> str:
     "Why the layers cannot be computed, with the least size at which they can."
@@ -179,7 +227,8 @@ def _too_small(run: Callable, shape: tuple[int, int], names: list[str], problem:
         with contextlib.suppress(RuntimeError): return bool(run(n, n))
     layers, below = ", ".join(f"'{n}'" for n in names), min(shape)
     above = next((n for n in (below << k for k in range(11)) if n <= 1024 and fits(n)), None)
-    if above in (None, below): return f"{layers} cannot be computed for images of {shape[0]} × {shape[1]} pixels ({problem}); if the network takes one size only, name it as `resize`"
+    if above in (None, below):
+        return f"{layers} cannot be computed for images of {shape[0]} × {shape[1]} pixels ({problem}); if the network takes one size only, name it as `resize`"
     while above - below > 1:
         middle = (above + below)//2
         below, above = (below, middle) if fits(middle) else (middle, above)
@@ -206,7 +255,8 @@ def _own_randomness() -> Iterator[None]:
             random.setstate(states[0])
             np.random.set_state(states[1])
 
-def _canvas(param, size: int, seeds: list[int], fft: bool, decorrelate: bool) -> tuple[torch.Tensor, Callable]:
+def _canvas(param, size: int, seeds: list[int], fft: bool,
+            decorrelate: bool) -> tuple[torch.Tensor, Callable]:
     "Lucent's parameters of a batch, each picture started from its own seed, and the function that turns them into pictures."
     start = lambda count: param.image(size, batch=count, fft=fft, decorrelate=decorrelate)
     (parameters,), picture = start(len(seeds))
@@ -229,21 +279,28 @@ def _loss(reader: _Reader, pictures: torch.Tensor, size: int, diversity: float) 
     except RuntimeError as problem:
         height, width = pictures.shape[-2:]
         if reader.resize or (height, width) == (size, size): raise
-        raise ValueError(f"the network fails on images of {height} × {width} pixels, which the transforms make of {size} × {size}; "
+        raise ValueError(f"the network fails on images of {height} × {width} pixels, which the "
+                         f"transforms make of {size} × {size}; "
                          f"if it takes one size only, name it as `resize` ({problem})") from problem
     loss = -reader.value(values).sum()
-    if diversity: loss = loss + diversity*sum(_alike(part[t.layer]) for t, part in zip(reader.targets, reader.parts(values)))
+    if diversity:
+        loss = (loss + diversity*sum(_alike(part[t.layer])
+                                     for t, part in zip(reader.targets, reader.parts(values))))
     return loss
 
 def _check_settings(targets, size, steps, seeds, diversity, rate) -> None:
     if not targets: raise ValueError("there is nothing to visualise: the list of targets is empty")
     if size < 1: raise ValueError(f"a picture needs at least one pixel, got a size of {size}")
     if steps < 1: raise ValueError(f"at least one step is needed, got {steps}")
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds must be one or more different integers, got {seeds}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more different integers, got {seeds}")
     if not rate > 0: raise ValueError(f"the learning rate must be above 0, got {rate}")
     if not diversity >= 0: raise ValueError(f"diversity is a weight of 0 or more, got {diversity}")
-    if diversity and len(seeds) < 2: raise ValueError("diversity is between pictures of the same target; give several seeds")
-    if diversity and any(callable(t) for t in targets): raise ValueError("an objective of Lucent's brings its own diversity; add lucent.optvis.objectives.diversity to it")
+    if diversity and len(seeds) < 2:
+        raise ValueError("diversity is between pictures of the same target; give several seeds")
+    if diversity and any(callable(t) for t in targets):
+        raise ValueError("an objective of Lucent's brings its own diversity; add "
+                         "lucent.optvis.objectives.diversity to it")
 
 # %% ../nbs/23_optvis.ipynb #ebc65d77
 def visualise(
@@ -265,22 +322,29 @@ def visualise(
     decorrelate: bool = True,  # optimise uncorrelated colours
 ) -> np.ndarray:  # (targets · seeds, size, size, 3), in 0..1; the pictures of a target stand together
     "Draw the image that a unit answers to most (Olah, Mordvintsev and Schubert 2017), with Lucent's parametrisation and transforms."
-    targets = list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str) else [targets]
+    targets = (list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str)
+               else [targets])
     seeds = [operator.index(s) for s in np.atleast_1d(seed)]
     _check_settings(targets, size, steps, seeds, diversity, rate)
-    reader = _Reader(model, targets, len(seeds), (size, size), at, when, weights, prepare, resize, whole_layers=diversity > 0)
+    reader = _Reader(model, targets, len(seeds), (size, size), at, when, weights, prepare, resize,
+                     whole_layers=diversity > 0)
     param, transform = _lucent()
     move = transform.compose(transform.standard_transforms if transforms is None else transforms)
     with _own_randomness():
         parameters, picture = _canvas(param, size, seeds*len(targets), fft, decorrelate)
         optimiser = torch.optim.Adam([parameters], lr=rate)
-        for step in progress(range(steps), f"drawing for {getattr(targets[0], 'name', targets[0])}{' ...' if len(targets) > 1 else ''}"):
+        for step in progress(range(steps),
+                             f"drawing for {getattr(targets[0], 'name', targets[0])}{' ...' if len(targets) > 1 else ''}"):
             loss = _loss(reader, move(picture()), size, diversity)
-            if not loss.isfinite(): raise FloatingPointError(f"the value to be driven is not finite at step {step}; check the weights, or lower the rate ({rate})")
+            if not loss.isfinite():
+                raise FloatingPointError(f"the value to be driven is not finite at step {step}; "
+                                         f"check the weights, or lower the rate ({rate})")
             parameters.grad, = torch.autograd.grad(loss, parameters)
             optimiser.step()
         pictures = picture().detach().permute(0, 2, 3, 1).cpu().numpy()
-    if not np.isfinite(pictures).all(): raise FloatingPointError(f"the picture is not finite after step {steps - 1}; lower the rate ({rate})")
+    if not np.isfinite(pictures).all():
+        raise FloatingPointError(f"the picture is not finite after step {steps - 1}; lower the "
+                                 f"rate ({rate})")
     return pictures
 
 @torch.no_grad()
@@ -297,18 +361,23 @@ def preference(
 ) -> np.ndarray:  # (N,)
     "What a unit or direction makes of finished pictures: the value that `visualise` drives, without transforms."
     pictures = np.asarray(pictures, dtype=np.float32)
-    if pictures.ndim != 4 or pictures.shape[-1] != 3 or not pictures.size: raise ValueError(f"pictures must be (N, H, W, 3), got {pictures.shape}")
-    if not (pictures.min() >= 0 and pictures.max() <= 1): raise ValueError(f"pictures must lie in 0..1, got {pictures.min():.3g}..{pictures.max():.3g}")
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or not pictures.size:
+        raise ValueError(f"pictures must be (N, H, W, 3), got {pictures.shape}")
+    if not (pictures.min() >= 0 and pictures.max() <= 1):
+        raise ValueError("pictures must lie in 0..1, got "
+                         f"{pictures.min():.3g}..{pictures.max():.3g}")
     reader = _Reader(model, [target], 1, pictures.shape[1:3], at, when, weights, prepare, resize)
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(reader.like.device)
-    return torch.cat([reader.value(reader.read(part)) for part in x.split(16)]).float().cpu().numpy()
+    return torch.cat([reader.value(reader.read(part))
+                      for part in x.split(16)]).float().cpu().numpy()
 
 # %% ../nbs/23_optvis.ipynb #fc41a383
 def total_variation(
     pictures: np.ndarray,  # (N, H, W, 3), in 0..1
 ) -> np.ndarray:  # (N,)
     "The mean absolute difference between neighbouring pixels, down and across."
-    return (np.abs(np.diff(pictures, axis=1)).mean((1, 2, 3)) + np.abs(np.diff(pictures, axis=2)).mean((1, 2, 3)))/2
+    return (np.abs(np.diff(pictures, axis=1)).mean((1, 2, 3))
+            + np.abs(np.diff(pictures, axis=2)).mean((1, 2, 3)))/2
 
 def fine_detail(
     pictures: np.ndarray,  # (N, H, W, 3), in 0..1
@@ -316,7 +385,8 @@ def fine_detail(
 ) -> np.ndarray:  # (N,), in 0..1
     "The share of the spectrum's energy at high spatial frequencies; the mean colour does not count."
     power = np.abs(np.fft.fft2(pictures - pictures.mean((1, 2), keepdims=True), axes=(1, 2)))**2
-    high = np.hypot(*np.meshgrid(*[np.fft.fftfreq(n) for n in pictures.shape[1:3]], indexing="ij")) > above
+    high = np.hypot(*np.meshgrid(*[np.fft.fftfreq(n) for n in pictures.shape[1:3]],
+                                 indexing="ij")) > above
     return power[:, high].sum((1, 2))/power.sum((1, 2, 3)).clip(1e-12)
 
 # %% ../nbs/23_optvis.ipynb #67d86e7b
@@ -325,7 +395,8 @@ def as_jpeg(
     quality: int = 88,  # 1 to 100
 ) -> str:  # base64
     "A picture as text, for a saved result."
-    data = encode_jpeg(torch.from_numpy((picture*255).round().astype(np.uint8)).permute(2, 0, 1), quality)
+    data = encode_jpeg(torch.from_numpy((picture*255).round().astype(np.uint8)).permute(2, 0, 1),
+                       quality)
     return base64.b64encode(data.numpy().tobytes()).decode()
 
 def from_jpeg(

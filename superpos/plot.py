@@ -15,23 +15,29 @@ import numpy as np
 import seaborn as sns
 
 # %% ../nbs/01_plot.ipynb #eb2858ee
-palette = dict(blue="#0072B2", orange="#D55E00", green="#009E73", pink="#CC79A7", sky="#56B4E9", amber="#E69F00", black="#1A1A1A", grey="#8C8C8C")
+palette = dict(blue="#0072B2", orange="#D55E00", green="#009E73", pink="#CC79A7", sky="#56B4E9",
+               amber="#E69F00", black="#1A1A1A", grey="#8C8C8C")
 own, other, background = palette["blue"], palette["orange"], palette["grey"]
 
 def style() -> None:
     "Set matplotlib and seaborn to the book's look. Call once at the top of a page."
     sns.set_theme(style="ticks", palette=list(palette.values()), rc={
-        "figure.dpi": 80, "savefig.dpi": 160, "figure.figsize": (7, 3), "figure.constrained_layout.use": True,
-        "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "image.cmap": "gray", "figure.facecolor": "white"})
+        "figure.dpi": 80, "savefig.dpi": 160, "figure.figsize": (7, 3),
+        "figure.constrained_layout.use": True,
+        "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "image.cmap": "gray", "figure.facecolor": "white"})
 
 # %% ../nbs/01_plot.ipynb #a60212e0
 def _as_picture(image) -> np.ndarray:
     a = np.asarray(image)
     if a.ndim == 3 and a.shape[0] in (1, 3): a = a.transpose(1, 2, 0)
-    if a.ndim not in (2, 3): raise ValueError(f"an image has shape (H, W), (3, H, W) or (H, W, 3), got {a.shape}")
+    if a.ndim not in (2, 3):
+        raise ValueError(f"an image has shape (H, W), (3, H, W) or (H, W, 3), got {a.shape}")
     if a.dtype != np.uint8 and not (0 <= a.min() and a.max() <= 1):
-        raise ValueError(f"image values must be bytes or lie in 0..1, got {a.min():.3g}..{a.max():.3g}")
+        raise ValueError("image values must be bytes or lie in 0..1, got "
+                         f"{a.min():.3g}..{a.max():.3g}")
     return a.squeeze()
 
 def images(
@@ -42,10 +48,13 @@ def images(
 ) -> plt.Figure:
     "Draw images in a grid."
     rows = -(-len(pictures)//columns)
-    fig, axes = plt.subplots(rows, min(columns, len(pictures)), figsize=(size*min(columns, len(pictures)), size*rows*(1.25 if titles else 1)), squeeze=False)
+    fig, axes = plt.subplots(rows, min(columns, len(pictures)),
+                             figsize=(size*min(columns, len(pictures)),
+                                      size*rows*(1.25 if titles else 1)), squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for i, (picture, ax) in enumerate(zip(pictures, axes.flat)):
-        ax.imshow(_as_picture(picture), vmin=0, vmax=255 if np.asarray(picture).dtype == np.uint8 else 1, interpolation="nearest")
+        ax.imshow(_as_picture(picture), vmin=0, vmax=255 if np.asarray(picture).dtype == np.uint8
+                  else 1, interpolation="nearest")
         if titles: ax.set_title(titles[i], fontsize=8, fontweight="normal", loc="center")
     return fig
 
@@ -61,7 +70,8 @@ def distributions(
     rng = np.random.default_rng(seed)
     for row, (name, values) in enumerate(groups.items()):
         colour = colours[row % len(colours)]
-        ax.scatter(values, row + rng.uniform(-.28, .28, len(values)), s=9, alpha=.55, color=colour, linewidths=0)
+        ax.scatter(values, row + rng.uniform(-.28, .28, len(values)), s=9, alpha=.55, color=colour,
+                   linewidths=0)
         ax.plot([np.median(values)]*2, [row - .38, row + .38], color=colour, lw=2)
     ax.set(yticks=range(len(groups)), yticklabels=list(groups), ylim=(len(groups) - .5, -.5))
     ax.tick_params(axis="y", length=0)
@@ -81,7 +91,8 @@ def intervals(
 ) -> plt.Axes:
     "A dot and a line for each row: an estimate and its interval."
     ax = ax or plt.gca()
-    if not len(labels) == len(estimates) == len(lows) == len(highs): raise ValueError("labels, estimates, lows and highs must be equally many")
+    if not len(labels) == len(estimates) == len(lows) == len(highs):
+        raise ValueError("labels, estimates, lows and highs must be equally many")
     colours = [colours]*len(labels) if isinstance(colours, str) else list(colours)
     rows = np.arange(len(labels)) + offset
     if reference is not None: ax.axvline(reference, color=palette["grey"], ls="--", lw=1, zorder=0)
@@ -101,7 +112,8 @@ def band(
 ) -> plt.Axes:
     "Mean over runs, within the range of all runs."
     ax, runs = ax or plt.gca(), np.asarray(runs, dtype=float)
-    if runs.ndim != 2 or runs.shape[1] != len(x): raise ValueError(f"runs must have shape (seeds, {len(x)}), got {runs.shape}")
+    if runs.ndim != 2 or runs.shape[1] != len(x):
+        raise ValueError(f"runs must have shape (seeds, {len(x)}), got {runs.shape}")
     ax.fill_between(x, runs.min(0), runs.max(0), color=colour, alpha=.18, lw=0)
     ax.plot(x, runs.mean(0), color=colour, lw=1.8, label=name)
     return ax
@@ -117,7 +129,8 @@ def window(
     "Frame a rectangle of pixels on an image drawn with `imshow`."
     ax = ax or plt.gca()
     (top, bottom), (left, right) = rows, columns
-    ax.add_patch(plt.Rectangle((left - .5, top - .5), right - left, bottom - top, fill=False, ec=colour, lw=2, label=name))
+    ax.add_patch(plt.Rectangle((left - .5, top - .5), right - left, bottom - top, fill=False,
+                               ec=colour, lw=2, label=name))
     return ax
 
 # %% ../nbs/01_plot.ipynb #00081455
@@ -129,21 +142,29 @@ def circuit_diagram(
     size: float = .55,  # of a node, in inches
 ) -> plt.Figure:
     "Draw the channels of a circuit and what they read. `edges[...][0]` counts from 0 for the layer that reads the image."
-    if len(layers) != len(nodes): raise ValueError(f"there are {len(layers)} layers, but nodes for {len(nodes)}")
+    if len(layers) != len(nodes):
+        raise ValueError(f"there are {len(layers)} layers, but nodes for {len(nodes)}")
     tallest = max(map(len, nodes))
     fig, ax = plt.subplots(figsize=(size*(3.4*len(layers) - 1.6), size*(1.6*tallest + 1)))
-    place = {(l, k): (3.4*l, 1.6*((tallest - 1)/2 - k + (len(column) - tallest)/2)) for l, column in enumerate(nodes) for k in range(len(column))}
+    place = {(l, k): (3.4*l, 1.6*((tallest - 1)/2 - k + (len(column) - tallest)/2))
+             for l, column in enumerate(nodes) for k in range(len(column))}
     for layer, reader, read, strength in edges:
         (x0, y0), (x1, y1) = place[layer, read], place[layer + 1, reader]
-        ax.plot([x0 + .5, x1 - .5], [y0, y1], color=own if strength > 0 else other, lw=.4 + 4*abs(strength), alpha=.75, solid_capstyle="butt", zorder=1)
+        ax.plot([x0 + .5, x1 - .5], [y0, y1], color=own if strength > 0 else other,
+                lw=.4 + 4*abs(strength), alpha=.75, solid_capstyle="butt", zorder=1)
     for (layer, k), (x, y) in place.items():
         picture = (pictures or {}).get((layer, k))
-        if picture is None: ax.text(x, y, str(nodes[layer][k]), ha="center", va="center", fontsize=8)
+        if picture is None:
+            ax.text(x, y, str(nodes[layer][k]), ha="center", va="center", fontsize=8)
         else:
-            ax.imshow(_as_picture(picture), extent=(x - .5, x + .5, y - .5, y + .5), interpolation="nearest", zorder=2)
+            ax.imshow(_as_picture(picture), extent=(x - .5, x + .5, y - .5, y + .5),
+                      interpolation="nearest", zorder=2)
             ax.text(x, y - .55, str(nodes[layer][k]), ha="center", va="top", fontsize=7)
-        ax.add_patch(plt.Rectangle((x - .5, y - .5), 1, 1, fill=False, ec=palette["grey"], lw=1, zorder=3))
-    for layer, name in enumerate(layers): ax.text(3.4*layer, .8*tallest + .3, name, ha="center", fontsize=9, fontweight="bold")
-    ax.set(xlim=(-.8, 3.4*(len(layers) - 1) + .8), ylim=(-.8*tallest - .2, .8*tallest + .8), aspect="equal")
+        ax.add_patch(plt.Rectangle((x - .5, y - .5), 1, 1, fill=False, ec=palette["grey"], lw=1,
+                                   zorder=3))
+    for layer, name in enumerate(layers):
+        ax.text(3.4*layer, .8*tallest + .3, name, ha="center", fontsize=9, fontweight="bold")
+    ax.set(xlim=(-.8, 3.4*(len(layers) - 1) + .8), ylim=(-.8*tallest - .2, .8*tallest + .8),
+           aspect="equal")
     ax.axis("off")
     return fig

@@ -4,43 +4,59 @@
 
 # %% auto #0
 __all__ = ['Cosines', 'cosine_statistics', 'cosines', 'class_means', 'silhouette', 'davies_bouldin', 'tsne',
-           'participation_ratio', 'effective_rank', 'disagreement', 'Collapse', 'neural_collapse',
-           'class_dimensionality', 'selectivity', 'Counts', 'effective_features', 'group_scores', 'Measures',
+           'participation_ratio', 'effective_rank', 'nearest_mean_disagreement', 'Collapse', 'neural_collapse',
+           'class_dimensionality', 'selectivity', 'FeatureCounts', 'effective_features', 'group_scores', 'Measures',
            'measures']
 
 # %% ../nbs/42_represent.ipynb #78553c78
-import dataclasses, math
+import dataclasses
+import math
 from collections.abc import Sequence
 
 # %% ../nbs/42_represent.ipynb #be358834
 import numpy as np
 import torch
+
 from .core import progress
-from .dissect import least as fewest, unit_groups
+from .dissect import min_images as fewest
+from .dissect import unit_groups
 from .geometry import dimensionality
 
 # %% ../nbs/42_represent.ipynb #6540a052
 def _table(features, least: int = 2) -> torch.Tensor:
     "The features in double precision on the CPU, if they can be measured."
     x = torch.as_tensor(features).detach().cpu()
-    if x.ndim != 2: raise ValueError(f"features must have shape (images, units), got {tuple(x.shape)}")
-    if len(x) < least: raise ValueError(f"{len(x)} images are too few to measure a representation; give at least {least}")
-    if bad := int((~x.isfinite()).sum()): raise ValueError(f"{bad:,} of the {x.numel():,} features are not finite; look for what broke the training")
+    if x.ndim != 2:
+        raise ValueError(f"features must have shape (images, units), got {tuple(x.shape)}")
+    if len(x) < least:
+        raise ValueError(f"{len(x)} images are too few to measure a representation; give at least "
+                         f"{least}")
+    if bad := int((~x.isfinite()).sum()):
+        raise ValueError(f"{bad:,} of the {x.numel():,} features are not finite; look for what "
+                         "broke the training")
     return x.double()
 
 def _varied(features) -> torch.Tensor:
     "The same, centred; refused if there is nothing but the centre."
     x = _table(features)
-    if (x == x[0]).all(): raise ValueError(f"all {len(x)} images have the same features: there is no variance to measure")
+    if (x == x[0]).all():
+        raise ValueError(f"all {len(x)} images have the same features: there is no variance to "
+                         "measure")
     return x - x.mean(0)
 
 def _classes(labels, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     "The classes there are, and for each image the place of its class among them."
     labels = torch.as_tensor(labels).cpu()
-    if labels.shape != (images,) or labels.is_floating_point(): raise ValueError(f"labels must be {images} integers, one for each image, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if labels.shape != (images,) or labels.is_floating_point():
+        raise ValueError(f"labels must be {images} integers, one for each image, got "
+                         f"{labels.dtype} of shape {tuple(labels.shape)}")
     classes, place, count = labels.unique(return_inverse=True, return_counts=True)
-    if len(classes) < 2: raise ValueError(f"all {images} images are of class {labels[0]}; give images of at least two classes")
-    if count.min() < 2: raise ValueError(f"class {classes[count.argmin()]} has one image only; give at least 2 of each class")
+    if len(classes) < 2:
+        raise ValueError(f"all {images} images are of class {labels[0]}; give images of at least "
+                         "two classes")
+    if count.min() < 2:
+        raise ValueError(f"class {classes[count.argmin()]} has one image only; give at least 2 of "
+                         "each class")
     return classes, place
 
 # %% ../nbs/42_represent.ipynb #49c326c8
@@ -70,18 +86,22 @@ def cosine_statistics(
 def _directions(features, labels, of: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Vectors of length 1, and their labels."
     if of not in ("images", "units"): raise ValueError(f"of is 'images' or 'units', got {of!r}")
-    if of == "units" and labels is not None: raise ValueError("units have no class; leave the labels out")
+    if of == "units" and labels is not None:
+        raise ValueError("units have no class; leave the labels out")
     x = _table(features) if of == "images" else _table(features).T
     length = x.norm(dim=1)
     kept = length > 0
-    if kept.sum() < 2: raise ValueError(f"{int(kept.sum())} of the {len(x)} {of} have a direction, the others are zero: there are no pairs")
+    if kept.sum() < 2:
+        raise ValueError(f"{int(kept.sum())} of the {len(x)} {of} have a direction, the others are "
+                         "zero: there are no pairs")
     if labels is not None: labels = _classes(labels, len(x))[1][kept]
     return x[kept]/length[kept, None], labels
 
 def _sums(U: torch.Tensor) -> np.ndarray:
     "Number of ordered pairs, sum of their cosines, sum of the squares."
     gram = U.T @ U if len(U) > U.shape[1] else U @ U.T
-    return np.array([len(U)*(len(U) - 1), (U.sum(0).square().sum() - len(U)).item(), (gram.square().sum() - len(U)).item()])
+    return np.array([len(U)*(len(U) - 1), (U.sum(0).square().sum() - len(U)).item(),
+                     (gram.square().sum() - len(U)).item()])
 
 def _moments(sums: np.ndarray) -> tuple[float, float]:
     if not sums[0]: return math.nan, math.nan
@@ -98,7 +118,8 @@ def cosines(
     seed: int = 0,  # of the draw
 ) -> torch.Tensor:  # (pairs,)
     "The cosine similarity of every pair, for a histogram."
-    if pairs not in ("all", "within", "between"): raise ValueError(f"pairs is 'all', 'within' or 'between', got {pairs!r}")
+    if pairs not in ("all", "within", "between"):
+        raise ValueError(f"pairs is 'all', 'within' or 'between', got {pairs!r}")
     if pairs != "all" and labels is None: raise ValueError(f"pairs {pairs} classes need labels")
     U, labels = _directions(features, labels, of)
     drawn = torch.randperm(len(U), generator=torch.Generator().manual_seed(seed))[:most]
@@ -116,12 +137,16 @@ def class_means(
     "The mean features of each class."
     x = _table(features)
     classes, place = _classes(labels, len(x))
-    return torch.zeros(len(classes), x.shape[1], dtype=x.dtype).index_add_(0, place, x)/place.bincount()[:, None]
+    return torch.zeros(len(classes), x.shape[1], dtype=x.dtype).index_add_(0, place,
+                                                                           x)/place.bincount()[:,
+                                                                                               None]
 
 def _centred_means(features, labels) -> torch.Tensor:
     "Class means around their own mean, refused if they do not differ."
     means = class_means(features, labels)
-    if (means - means[0]).abs().max() <= 1e-12*means.abs().max(): raise ValueError(f"the {len(means)} class means are all the same: nothing tells the classes apart")
+    if (means - means[0]).abs().max() <= 1e-12*means.abs().max():
+        raise ValueError(f"the {len(means)} class means are all the same: nothing tells the "
+                         "classes apart")
     return means - means.mean(0)
 
 # %% ../nbs/42_represent.ipynb #eee65758
@@ -135,7 +160,8 @@ def silhouette(
     from sklearn.metrics import silhouette_score
     x = _table(features)
     place = _classes(labels, len(x))[1]
-    return float(silhouette_score(x.numpy(), place.numpy(), sample_size=most if len(x) > most else None, random_state=seed))
+    return float(silhouette_score(x.numpy(), place.numpy(), sample_size=most if len(x) > most
+                                  else None, random_state=seed))
 
 def davies_bouldin(
     features,  # (N, d)
@@ -155,8 +181,11 @@ def tsne(
     "The t-SNE map (van der Maaten and Hinton 2008), started from the principal components."
     from sklearn.manifold import TSNE
     x = _varied(features)
-    if not 0 < perplexity < len(x): raise ValueError(f"perplexity must lie between 0 and the number of images, {len(x)}, got {perplexity}")
-    return TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random", random_state=seed).fit_transform(x.float().numpy())
+    if not 0 < perplexity < len(x):
+        raise ValueError(f"perplexity must lie between 0 and the number of images, {len(x)}, got "
+                         f"{perplexity}")
+    return TSNE(perplexity=perplexity, init="pca" if x.shape[1] > 1 else "random",
+                random_state=seed).fit_transform(x.float().numpy())
 
 # %% ../nbs/42_represent.ipynb #a15b1d20
 def participation_ratio(
@@ -174,14 +203,16 @@ def effective_rank(
     return torch.special.entr(values/values.sum()).sum().exp().item()
 
 # %% ../nbs/42_represent.ipynb #a0658d9b
-def disagreement(
+def nearest_mean_disagreement(
     features,  # (N, d)
     logits,  # (N, C), what the head makes of them
     means: torch.Tensor,  # (C, d), as `class_means` gives them
 ) -> float:  # 0..1
     "NC4: share of images for which the head's class is not that of the nearest class mean."
     x, logits, means = _table(features), _table(logits), _table(means)
-    if logits.shape != (len(x), len(means)): raise ValueError(f"logits must have shape {(len(x), len(means))}, a column for each class mean, got {tuple(logits.shape)}")
+    if logits.shape != (len(x), len(means)):
+        raise ValueError(f"logits must have shape {(len(x), len(means))}, a column for each class "
+                         f"mean, got {tuple(logits.shape)}")
     return (logits.argmax(1) != torch.cdist(x, means).argmin(1)).double().mean().item()
 
 # %% ../nbs/42_represent.ipynb #22325850
@@ -210,8 +241,10 @@ def neural_collapse(
     if weight is not None:
         W = _head(weight, classes, x.shape[1])
         nc3 = (W/W.norm() - M/M.norm()).square().sum().item()
-    if logits is not None: nc4 = disagreement(x, _table(logits)[:, classes], means)
-    return Collapse(_variability(x - means[place], M, place), (length.std(correction=0)/length.mean()).item(), cosine.std(correction=0).item(),
+    if logits is not None: nc4 = nearest_mean_disagreement(x, _table(logits)[:, classes], means)
+    return Collapse(_variability(x - means[place], M, place),
+                    (length.std(correction=0)/length.mean()).item(),
+                    cosine.std(correction=0).item(),
                     (cosine + 1/(C - 1)).abs().mean().item(), nc3, nc4)
 
 # %% ../nbs/42_represent.ipynb #c042d58c
@@ -225,7 +258,9 @@ def _variability(deviations: torch.Tensor, M: torch.Tensor, place: torch.Tensor)
 
 def _head(weight, classes: torch.Tensor, dims: int) -> torch.Tensor:
     W = _table(weight)
-    if W.shape[1] != dims or len(W) <= classes.max(): raise ValueError(f"the head must have shape ({classes.max() + 1} or more classes, {dims}), got {tuple(W.shape)}")
+    if W.shape[1] != dims or len(W) <= classes.max():
+        raise ValueError(f"the head must have shape ({classes.max() + 1} or more classes, {dims}), "
+                         f"got {tuple(W.shape)}")
     return W[classes]
 
 # %% ../nbs/42_represent.ipynb #b631b3d5
@@ -243,14 +278,16 @@ def selectivity(
 ) -> torch.Tensor:  # (d,), each in 0..1; NaN for a unit that is always silent
     "Class selectivity of each unit (Morcos et al. 2018)."
     means = class_means(features, labels)
-    if (low := _table(features).min()) < 0: raise ValueError(f"selectivity compares activities, which are not negative, got {low:.3g}; take the features after the ReLU")
+    if (low := _table(features).min()) < 0:
+        raise ValueError(f"selectivity compares activities, which are not negative, got {low:.3g}; "
+                         "take the features after the ReLU")
     best = means.amax(0)
     others = (means.sum(0) - best)/(len(means) - 1)
     return (best - others)/(best + others)
 
 # %% ../nbs/42_represent.ipynb #240b47c7
 @dataclasses.dataclass(frozen=True, eq=False)
-class Counts:
+class FeatureCounts:
     "Effective numbers of features, one for each seed of the autoencoder."
     values: torch.Tensor  # (seeds, ...)
     unexplained: torch.Tensor  # (seeds, ...), share of the variance that is not rebuilt
@@ -263,7 +300,8 @@ class Counts:
     @property
     def sd(self) -> torch.Tensor:  # (...), NaN for a single seed
         "Over the seeds."
-        return self.values.std(0) if len(self.values) > 1 else torch.full_like(self.values[0], math.nan)
+        return (self.values.std(0) if len(self.values) > 1
+                else torch.full_like(self.values[0], math.nan))
 
 def effective_features(
     features: torch.Tensor,  # (..., N, d): one table or several of the same shape, on the device that is to compute
@@ -273,22 +311,26 @@ def effective_features(
     steps: int = 1000,  # of Adam
     batch: int = 256,  # images in a step
     lr: float = .03,  # learning rate, falling to 0 over the last third
-) -> Counts:
+) -> FeatureCounts:
     "How many atoms a sparse autoencoder makes use of: exp of the entropy of their mean activations, as shares."
     x = _standard(torch.as_tensor(features))
     width = width or 2*x.shape[-1]
     if not len(seeds): raise ValueError("give at least one seed: each is one autoencoder")
-    if width < 1 or steps < 1 or not 0 < penalty < math.inf: raise ValueError(f"width and steps must be at least 1 and the penalty above 0, got {width}, {steps} and {penalty}")
+    if width < 1 or steps < 1 or not 0 < penalty < math.inf:
+        raise ValueError("width and steps must be at least 1 and the penalty above 0, got "
+                         f"{width}, {steps} and {penalty}")
     sae = _trained(x, width, penalty, list(seeds), steps, min(batch, x.shape[-2]), lr)
     found = [_used(sae, part) for part in x.split(4096, -2)]
     activity, error = (sum(parts) for parts in zip(*found))
     share = activity/activity.sum(-1, keepdim=True).clamp(min=1e-30)
-    return Counts(torch.special.entr(share).sum(-1).exp().cpu(), (error/x.square().sum((-1, -2))).cpu())
+    return FeatureCounts(torch.special.entr(share).sum(-1).exp().cpu(),
+                         (error/x.square().sum((-1, -2))).cpu())
 
 # %% ../nbs/42_represent.ipynb #eb754433
 def _standard(x: torch.Tensor) -> torch.Tensor:
     "Centred, with a root mean square length of 1."
-    if x.ndim < 2: raise ValueError(f"features must have shape (..., images, units), got {tuple(x.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"features must have shape (..., images, units), got {tuple(x.shape)}")
     for table in x.reshape(-1, *x.shape[-2:]): _varied(table)
     x = x.detach().float()
     x = x - x.mean(-2, keepdim=True)
@@ -296,18 +338,23 @@ def _standard(x: torch.Tensor) -> torch.Tensor:
 
 def _unit(t: torch.Tensor) -> torch.Tensor: return t/t.norm(dim=-1, keepdim=True).clamp(min=1e-9)
 
-def _codes(sae: dict, x: torch.Tensor) -> torch.Tensor: return ((x - sae["centre"]) @ sae["encoder"] + sae["bias"]).relu()
+def _codes(sae: dict, x: torch.Tensor) -> torch.Tensor:
+    return ((x - sae["centre"]) @ sae["encoder"] + sae["bias"]).relu()
 
-def _trained(x: torch.Tensor, width: int, penalty: float, seeds: list[int], steps: int, batch: int, lr: float) -> dict[str, torch.Tensor]:
+def _trained(x: torch.Tensor, width: int, penalty: float, seeds: list[int], steps: int, batch: int,
+             lr: float) -> dict[str, torch.Tensor]:
     "Sparse autoencoders with a leading dimension of seeds, for each of the tables."
     tables, d, rngs = x.shape[:-2], x.shape[-1], [torch.Generator().manual_seed(s) for s in seeds]
     D = _unit(torch.stack([torch.randn(width, d, generator=rng) for rng in rngs]).to(x.device))
-    D = D.reshape(len(seeds), *[1]*len(tables), width, d).expand(len(seeds), *tables, width, d).clone()
-    sae = dict(D=D, encoder=D.mT.clone(), bias=D.new_zeros(*D.shape[:-2], 1, width), centre=D.new_zeros(*D.shape[:-2], 1, d))
+    D = D.reshape(len(seeds), *[1]*len(tables), width, d).expand(len(seeds), *tables, width,
+                                                                 d).clone()
+    sae = dict(D=D, encoder=D.mT.clone(), bias=D.new_zeros(*D.shape[:-2], 1, width),
+               centre=D.new_zeros(*D.shape[:-2], 1, d))
     optimiser = torch.optim.Adam([p.requires_grad_() for p in sae.values()], lr=lr)
     falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: min(1, 3 - 3*t/steps))
     for _ in progress(range(steps), "sparse autoencoders"):
-        seen = torch.stack([x[..., torch.randint(x.shape[-2], (batch,), generator=rng).to(x.device), :] for rng in rngs])
+        seen = torch.stack([x[..., torch.randint(x.shape[-2], (batch,), generator=rng).to(x.device),
+                              :] for rng in rngs])
         z = _codes(sae, seen)
         error = (z @ D + sae["centre"] - seen).square().sum(-1)
         optimiser.zero_grad()
@@ -332,9 +379,12 @@ def group_scores(
 ) -> torch.Tensor:  # (units,), 1 and up; NaN for a unit that too few images drive to tell
     "Effective number of groups among each unit's strongest images (see `cluster.find_groups`)."
     x, scores = _table(features), []
-    if min(k, len(x)) < fewest: raise ValueError(f"{min(k, len(x))} images of each unit are too few to look for groups; take at least {fewest}")
+    if min(k, len(x)) < fewest:
+        raise ValueError(f"{min(k, len(x))} images of each unit are too few to look for groups; "
+                         f"take at least {fewest}")
     units = list(range(x.shape[1])) if units is None else [int(u) for u in units]
-    if bad := [u for u in units if not 0 <= u < x.shape[1]]: raise ValueError(f"the table has units 0..{x.shape[1] - 1}, got {bad[0]}")
+    if bad := [u for u in units if not 0 <= u < x.shape[1]]:
+        raise ValueError(f"the table has units 0..{x.shape[1] - 1}, got {bad[0]}")
     for unit in progress(units, "dissecting"):
         value, rows = x[:, unit].sort(descending=True, stable=True)
         top = x[rows[:k][value[:k] > value.min()]].numpy()
@@ -384,13 +434,22 @@ def measures(
     "Every measure of this page for one table."
     x = _table(features)
     classes, _ = _classes(labels, len(x))
-    images, units, nc, counts = cosine_statistics(x, labels), cosine_statistics(x, of="units"), neural_collapse(x, labels, weight, logits), None
-    if autoencoders: counts = effective_features(torch.as_tensor(features), penalty=penalty, seeds=range(seed, seed + autoencoders))
-    chosen = np.unique(np.linspace(0, x.shape[1] - 1, min(dissected, x.shape[1])).round().astype(int))
+    images = cosine_statistics(x, labels)
+    units = cosine_statistics(x, of="units")
+    nc = neural_collapse(x, labels, weight, logits)
+    counts = None
+    if autoencoders:
+        counts = effective_features(torch.as_tensor(features), penalty=penalty,
+                                    seeds=range(seed, seed + autoencoders))
+    chosen = np.unique(np.linspace(0, x.shape[1] - 1, min(dissected, x.shape[1])).round().astype(
+        int))
     return Measures(
-        *x.shape, len(classes), images.mean, images.sd, images.within, images.between, units.mean, units.sd,
-        silhouette(x, labels, seed=seed), davies_bouldin(x, labels), participation_ratio(x), effective_rank(x),
-        nc.nc1, nc.norms, nc.angles, nc.simplex, nc.nc3, nc.nc4, class_dimensionality(x, labels).mean().item(),
+        *x.shape, len(classes), images.mean, images.sd, images.within, images.between, units.mean,
+        units.sd,
+        silhouette(x, labels, seed=seed), davies_bouldin(x, labels), participation_ratio(x),
+        effective_rank(x),
+        nc.nc1, nc.norms, nc.angles, nc.simplex, nc.nc3, nc.nc4,
+        class_dimensionality(x, labels).mean().item(),
         selectivity(x, labels).nanmean().item() if x.min() >= 0 else math.nan,
         counts.mean.item() if counts else math.nan, counts.sd.item() if counts else math.nan,
         group_scores(x, chosen, seed=seed).nanmean().item() if dissected else math.nan)

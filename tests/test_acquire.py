@@ -6,19 +6,32 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from superpos import acquire
-from superpos.acquire import Pool, by_score, check_rows, core_set, largest, mc_dropout, query, strategies, strategy
+from superpos.acquire import (
+    Pool,
+    by_score,
+    check_rows,
+    core_set,
+    largest,
+    mc_dropout,
+    query,
+    strategies,
+    strategy,
+)
 
-scores = {name: getattr(acquire, name) for name in ("least_confidence", "margin", "ratio", "entropy", "most_confident", "vote_entropy",
+scores = {name: getattr(acquire, name) for name in ("least_confidence", "margin", "ratio",
+                                                    "entropy", "most_confident", "vote_entropy",
                                                     "consensus_entropy", "mean_kl", "bald")}
 
 
 def random_pool(n=60, classes=5, members=4, width=7, known=9, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g)
-    return Pool(2*draw(members, n, classes), draw(n, width), draw(known, width), torch.randint(classes, (n,), generator=g))
+    return Pool(2*draw(members, n, classes), draw(n, width), draw(known, width),
+                torch.randint(classes, (n,), generator=g))
 
 
 def rng(seed=0):
@@ -35,9 +48,12 @@ def plain(name, members):
     first, second = sorted(mean, reverse=True)[:2]
     h = lambda p: -sum(x*math.log(x) for x in p if x > 0)
     votes = [p.index(max(p)) for p in members]
-    return dict(least_confidence=1 - first, margin=second - first, ratio=second/first, entropy=h(mean), most_confident=first - 1,
-                vote_entropy=h([votes.count(c)/len(votes) for c in classes]), consensus_entropy=h(mean),
-                mean_kl=sum(p[c]*math.log(p[c]/mean[c]) for p in members for c in classes)/len(members),
+    return dict(least_confidence=1 - first, margin=second - first, ratio=second/first,
+                entropy=h(mean), most_confident=first - 1,
+                vote_entropy=h([votes.count(c)/len(votes) for c in classes]),
+                consensus_entropy=h(mean),
+                mean_kl=sum(p[c]*math.log(p[c]/mean[c]) for p in members
+                            for c in classes)/len(members),
                 bald=h(mean) - sum(h(p) for p in members)/len(members))[name]
 
 
@@ -48,7 +64,9 @@ def test_score_is_its_definition(name, seed):
     p = pool.logits.double().softmax(-1)
     expected = [plain(name, p[:, i].tolist()) for i in range(len(pool))]
     assert scores[name](pool).tolist() == pytest.approx(expected, abs=1e-12)
-    assert query(pool, 7, name).tolist() == sorted(range(len(pool)), key=lambda i: -expected[i])[:7] or name == "vote_entropy"
+    assert (query(pool, 7, name).tolist() == sorted(range(len(pool)),
+                                                    key=lambda i: -expected[i])[:7]
+            or name == "vote_entropy")
 
 
 @pytest.mark.parametrize("name", ["least_confidence", "margin", "ratio", "entropy"])
@@ -60,7 +78,8 @@ def test_one_model_is_a_committee_of_one(name):
 def test_near_certainty_keeps_an_order():
     pool = Pool(torch.tensor([[30., 0, 0], [31., 0, 0], [29., 0, 0]]))
     assert (pool.logits.softmax(-1).amax(-1) == 1).all()
-    for name in ("least_confidence", "ratio", "entropy"): assert query(pool, 3, name).tolist() == [2, 0, 1], name
+    for name in ("least_confidence", "ratio", "entropy"):
+        assert query(pool, 3, name).tolist() == [2, 0, 1], name
 
 
 # ---- other libraries, where they implement the same
@@ -70,12 +89,15 @@ def test_agrees_with_scikit_activeml():
     other = pytest.importorskip("skactiveml.pool")
     pool = random_pool()
     p = pool.probabilities.numpy()
-    for ours, theirs in dict(least_confidence="least_confident", entropy="entropy", margin="margin_sampling").items():
+    for ours, theirs in dict(least_confidence="least_confident", entropy="entropy",
+                             margin="margin_sampling").items():
         found = other.uncertainty_scores(p, method=theirs) - (1 if ours == "margin" else 0)
         assert np.allclose(scores[ours](pool), found, atol=1e-9), ours
     members = pool.members.exp().numpy()
     assert np.allclose(scores["mean_kl"](pool), other.average_kl_divergence(members), atol=1e-9)
-    assert np.allclose(scores["vote_entropy"](pool), other.vote_entropy(members.argmax(-1).T, classes=list(range(pool.classes))), atol=1e-9)
+    assert np.allclose(scores["vote_entropy"](pool),
+                       other.vote_entropy(members.argmax(-1).T, classes=list(range(pool.classes))),
+                       atol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -88,10 +110,12 @@ def test_core_set_agrees_with_scikit_activeml(seed):
 
 
 def test_agrees_with_modal():
-    uncertainty, disagreement = pytest.importorskip("modAL.uncertainty"), pytest.importorskip("modAL.disagreement")
+    uncertainty = pytest.importorskip("modAL.uncertainty")
+    disagreement = pytest.importorskip("modAL.disagreement")
     pool = random_pool()
     model = SimpleNamespace(predict_proba=lambda x: pool.probabilities.numpy())
-    assert np.allclose(scores["least_confidence"](pool), uncertainty.classifier_uncertainty(model, None))
+    assert np.allclose(scores["least_confidence"](pool),
+                       uncertainty.classifier_uncertainty(model, None))
     assert np.allclose(scores["margin"](pool), -uncertainty.classifier_margin(model, None))
     assert np.allclose(scores["entropy"](pool), uncertainty.classifier_entropy(model, None))
     class Committee:
@@ -102,7 +126,8 @@ def test_agrees_with_modal():
         def __len__(self): return len(pool.members)
     x = np.zeros((len(pool), 1))
     assert np.allclose(scores["vote_entropy"](pool), disagreement.vote_entropy(Committee(), x))
-    assert np.allclose(scores["consensus_entropy"](pool), disagreement.consensus_entropy(Committee(), x))
+    assert np.allclose(scores["consensus_entropy"](pool),
+                       disagreement.consensus_entropy(Committee(), x))
 
 
 # ---- strategies that look at distances
@@ -112,7 +137,8 @@ def greedy(points, centres, count):
     "k-centre greedy by its definition, in double precision."
     centres, chosen = [c.double() for c in centres], []
     for _ in range(count):
-        gaps = [min((p.double() - c).norm().item() for c in centres) if i not in chosen else -1 for i, p in enumerate(points)]
+        gaps = [min((p.double() - c).norm().item() for c in centres) if i not in chosen else -1
+                for i, p in enumerate(points)]
         chosen.append(max(range(len(points)), key=gaps.__getitem__))
         centres.append(points[chosen[-1]].double())
     return chosen
@@ -150,8 +176,10 @@ def test_badge_measures_gradients():
         loss = torch.nn.functional.cross_entropy(given, given.argmax(-1))
         found.append(torch.autograd.grad(loss, head.weight)[0].ravel())
     gradients = torch.stack(found)
-    error = (pool.probabilities - torch.nn.functional.one_hot(pool.probabilities.argmax(-1), 5)).float()
-    assert torch.allclose(acquire._products((error, pool.features), (error, pool.features)), gradients @ gradients.T, atol=1e-5)
+    error = (pool.probabilities - torch.nn.functional.one_hot(pool.probabilities.argmax(-1),
+                                                              5)).float()
+    assert torch.allclose(acquire._products((error, pool.features), (error, pool.features)),
+                          gradients @ gradients.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [2, 64])
@@ -187,18 +215,24 @@ def test_typiclust_takes_the_most_typical_of_each_group(monkeypatch):
     for group in range(5):
         rows = [i for i in range(60) if groups[i] == group]
         k = min(20, len(rows) - 1)
-        waiting[group] = sorted(rows, key=lambda i: sum(sorted((x[i] - x[j]).norm().item() for j in rows if j != i)[:k])/k)
+        waiting[group] = sorted(rows,
+                                key=lambda i: sum(sorted((x[i] - x[j]).norm().item() for j in rows
+                                                         if j != i)[:k])/k)
     order = sorted(waiting, key=lambda group: ((groups[60:] == group).sum(), -len(waiting[group])))
-    rounds = [waiting[group][turn] for turn in range(60) for group in order if turn < len(waiting[group])]
+    rounds = [waiting[group][turn] for turn in range(60) for group in order
+              if turn < len(waiting[group])]
     for count in (3, 17, 60): assert query(pool, count, "typiclust").tolist() == rounds[:count]
 
 
 def test_reducing_keeps_products():
     pool = random_pool(100, width=30)
-    flat = Pool(pool.logits, pool.features @ torch.diag(torch.tensor([1.]*5 + [0.]*25)), pool.known @ torch.diag(torch.tensor([1.]*5 + [0.]*25)))
+    flat = Pool(pool.logits, pool.features @ torch.diag(torch.tensor([1.]*5 + [0.]*25)),
+                pool.known @ torch.diag(torch.tensor([1.]*5 + [0.]*25)))
     less = flat.reduced(5)
-    assert less.features.shape == (100, 5) and torch.allclose(less.features @ less.known.T, flat.features @ flat.known.T, atol=1e-4)
-    assert torch.allclose(pool.reduced(29).features.square().sum(), torch.linalg.svdvals(pool.features)[:29].square().sum())
+    assert less.features.shape == (100, 5)
+    assert torch.allclose(less.features @ less.known.T, flat.features @ flat.known.T, atol=1e-4)
+    assert torch.allclose(pool.reduced(29).features.square().sum(),
+                          torch.linalg.svdvals(pool.features)[:29].square().sum())
 
 
 # ---- chance, streams, controls
@@ -219,7 +253,8 @@ def test_stream_cannot_look_ahead():
     changed = logits.clone()
     changed[order[200:]] = torch.randn(200, 3, generator=g)*9
     place = {row: k for k, row in enumerate(order.tolist())}
-    early = [[place[row] for row in query(Pool(x), 80, "stream", 7).tolist() if place[row] < 200] for x in (logits, changed)]
+    early = [[place[row] for row in query(Pool(x), 80, "stream", 7).tolist() if place[row] < 200]
+             for x in (logits, changed)]
     assert early[0] == early[1] and early[0] == sorted(early[0]) and 20 < len(early[0]) <= 41
 
 
@@ -240,18 +275,22 @@ def test_dropout_committee_is_dropout():
     head, x = torch.nn.Linear(40, 3), torch.randn(5, 40, generator=rng())
     ours = mc_dropout(x, head, .3, members=4000)
     theirs = torch.stack([head(torch.nn.functional.dropout(x, .3)) for _ in range(4000)])
-    assert torch.allclose(ours.mean(0), theirs.mean(0), atol=.1) and torch.allclose(ours.std(0), theirs.std(0), rtol=.1)
-    assert torch.equal(mc_dropout(x, head, .3, seed=1), mc_dropout(x, head, .3, seed=1)) and not ours.requires_grad
+    assert torch.allclose(ours.mean(0), theirs.mean(0), atol=.1)
+    assert torch.allclose(ours.std(0), theirs.std(0), rtol=.1)
+    assert torch.equal(mc_dropout(x, head, .3, seed=1), mc_dropout(x, head, .3, seed=1))
+    assert not ours.requires_grad
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 40), classes=st.integers(2, 5), members=st.integers(1, 3), known=st.integers(0, 4), seed=st.integers(0, 99), data=st.data())
+@given(n=st.integers(1, 40), classes=st.integers(2, 5), members=st.integers(1, 3),
+       known=st.integers(0, 4), seed=st.integers(0, 99), data=st.data())
 def test_every_strategy_answers(n, classes, members, known, seed, data):
     pool = random_pool(n, classes, members, 3, known, seed)
     count = data.draw(st.integers(1, n))
     for name in strategies:
         rows = query(pool, count, name, seed)
-        assert rows.dtype == torch.int64 and len(set(rows.tolist())) == count and 0 <= rows.min() <= rows.max() < n, name
+        assert (rows.dtype == torch.int64 and len(set(rows.tolist())) == count
+                and 0 <= rows.min() <= rows.max() < n), name
         assert torch.equal(rows, query(pool, count, name, seed)), name
 
 
@@ -265,9 +304,11 @@ def test_a_new_strategy_is_one_function():
     def first_class(pool, count, rng): return largest((pool.labels == 0).float(), count, rng)
     try:
         pool = random_pool()
-        assert query(pool, 5, "longest").tolist() == pool.features.norm(dim=1).argsort(descending=True)[:5].tolist()
+        assert (query(pool, 5, "longest").tolist()
+                == pool.features.norm(dim=1).argsort(descending=True)[:5].tolist())
         assert (pool.labels[query(pool, 4, "first_class")] == 0).all()
-        with pytest.raises(ValueError, match="'longest' needs features"): query(Pool(torch.zeros(3, 2)), 1, "longest")
+        with pytest.raises(ValueError, match="'longest' needs features"):
+            query(Pool(torch.zeros(3, 2)), 1, "longest")
     finally: del strategies["longest"], strategies["first_class"]
     assert query(pool, 2, lambda pool, count, rng: torch.tensor([3, 1])).tolist() == [3, 1]
 
@@ -293,14 +334,22 @@ bare = Pool(torch.zeros(4, 3))
     (lambda: check_rows([.5], 5), "rows are a list of integers"),
     (lambda: check_rows([True, False], 2), "rows are a list of integers"),
     (lambda: Pool(torch.full((4, 3), torch.nan)), "12 of the 12 logits are not finite"),
-    (lambda: Pool(torch.zeros(4, 3), torch.full((4, 1), torch.inf)), "4 of the 4 features are not finite"),
+    (lambda: Pool(torch.zeros(4, 3), torch.full((4, 1), torch.inf)), "4 of the 4 features are not "
+     "finite"),
     (lambda: Pool(torch.zeros(4)), "logits have shape"),
     (lambda: Pool(torch.zeros(4, 1)), "logits have shape"),
-    (lambda: Pool(torch.zeros(4, 3), torch.zeros(5, 2)), r"features must have shape \(4, 2\) for this pool, got \(5, 2\)"),
-    (lambda: Pool(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(6, 3)), r"known must have shape \('any', 2\) for this pool, got \(6, 3\)"),
-    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2])), r"labels must have shape \(4,\)"),
-    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2, -1])), "labels must lie in 0..2, got -1..2"),
-    (lambda: mc_dropout(torch.zeros(4, 3), torch.nn.Linear(3, 2), 0), "rate between 0 and 1, got 0"),
+    (lambda: Pool(torch.zeros(4, 3),
+                  torch.zeros(5,
+                              2)), r"features must have shape \(4, 2\) for this pool, got \(5, 2\)"),
+    (lambda: Pool(torch.zeros(4, 3), torch.zeros(4, 2),
+                  torch.zeros(6,
+                              3)), r"known must have shape \('any', 2\) for this pool, got \(6, 3\)"),
+    (lambda: Pool(torch.zeros(4, 3),
+                  labels=torch.tensor([0, 1, 2])), r"labels must have shape \(4,\)"),
+    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2, -1])), "labels must lie in "
+     "0..2, got -1..2"),
+    (lambda: mc_dropout(torch.zeros(4, 3), torch.nn.Linear(3, 2),
+                        0), "rate between 0 and 1, got 0"),
 ])
 def test_one_clear_sentence(ask, message):
     with pytest.raises(ValueError, match=message): ask()

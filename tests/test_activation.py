@@ -7,30 +7,36 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save
 from scipy import stats
 
 from superpos.activation import Survey, record, strongest_patches, survey
 from superpos.field import pathway, receptive_field
-from superpos.model import ResNet8, SmallAlexNet, fingerprint, imagenet_input, outputs
+from superpos.model import ResNet8, SmallAlexNet, fingerprint, imagenet_input, layer_outputs
+
 
 def network(kind):
     torch.manual_seed(0)
     return kind(width=4).eval().requires_grad_(False)
 
-def bytes_of(n, *size, seed=0): return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def bytes_of(n, *size, seed=0):
+    return torch.randint(0, 256, (n, 3, *size), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
 
 @pytest.mark.parametrize("position", [None, (0, 0), (3, 1)])
-@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.6"), (SmallAlexNet, "features.10"), (ResNet8, "stages.1.conv2")])
+@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.6"), (SmallAlexNet, "features.10"),
+                                        (ResNet8, "stages.1.conv2")])
 def test_a_recording_equals_the_whole_pass(kind, layer, position):
     net, images = network(kind), bytes_of(5, 40, 48)
     before = fingerprint(net)
     found = record(net, layer, images, at=position or "centre", batch=2)
-    whole = outputs(net, [layer], imagenet_input(images))[layer]
+    whole = layer_outputs(net, [layer], imagenet_input(images))[layer]
     row, column = position or (whole.shape[2]//2, whole.shape[3]//2)
     np.testing.assert_allclose(found.values, whole[:, :, row, column], rtol=1e-4, atol=1e-6)
-    assert found.position == (row, column) and found.layer == layer and ("chain" in found.how) == (kind is SmallAlexNet)
+    assert found.position == (row, column) and found.layer == layer
+    assert ("chain" in found.how) == (kind is SmallAlexNet)
     assert fingerprint(net) == before and not any(m._forward_hooks for m in net.modules())
 
 def test_the_top_is_sorted_and_ties_keep_their_order():
@@ -40,7 +46,8 @@ def test_the_top_is_sorted_and_ties_keep_their_order():
     for unit in range(4):
         top = found.top(unit, 5)
         assert (np.diff(found.values[top, unit]) <= 0).all() and sorted(top) == list(range(5))
-        assert top.tolist().index(0) < top.tolist().index(2) and top.tolist().index(1) < top.tolist().index(4)
+        assert top.tolist().index(0) < top.tolist().index(2)
+        assert top.tolist().index(1) < top.tolist().index(4)
     assert len(found.top(0)) == 5
 
 def test_a_patch_alone_gives_the_same_response():
@@ -48,20 +55,25 @@ def test_a_patch_alone_gives_the_same_response():
     images = [bytes_of(1, h, w, seed=h)[0] for h, w in ((64, 64), (64, 90), (101, 67))]
     size = receptive_field(net, "features.6").rows.size
     found = strongest_patches(net, "features.6:2", images)
-    assert found.pixels.shape == (3, 3, size, size) and found.pixels.dtype == torch.uint8 and len(found) == 3
-    for image, patch, response, (top, left) in zip(images, found.pixels, found.response, found.corner):
+    assert found.pixels.shape == (3, 3, size, size)
+    assert found.pixels.dtype == torch.uint8 and len(found) == 3
+    for image, patch, response, (top, left) in zip(images, found.pixels, found.response,
+                                                   found.corner):
         assert torch.equal(patch, image[:, top:top + size, left:left + size])
         canvas = torch.zeros(1, 3, 64, 64)
         path = pathway(net, "features.6", (64, 64))
         (a, b), (c, d) = path.window
         canvas[..., a:b, c:d] = imagenet_input(patch[None])
-        torch.testing.assert_close(path(path.crop(canvas), unit=2)[0], response, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(path(path.crop(canvas), unit=2)[0], response, rtol=1e-4,
+                                   atol=1e-6)
 
 def test_a_bad_unit_is_refused_before_any_image_is_read():
     class Unread(list):
         def __getitem__(self, i): pytest.fail("an image was read")
-    for unit, message in (("features.6:99", "has units"), ("features.66:1", "no layer"), ("features.6", "names no unit")):
-        with pytest.raises(ValueError, match=message): strongest_patches(network(SmallAlexNet), unit, Unread([1]))
+    for unit, message in (("features.6:99", "has units"), ("features.66:1", "no layer"),
+                          ("features.6", "names no unit")):
+        with pytest.raises(ValueError, match=message):
+            strongest_patches(network(SmallAlexNet), unit, Unread([1]))
 
 
 # ---- surveys: bounded memory, resumed after a kill
@@ -75,27 +87,39 @@ class Table(torch.nn.Module):
     def forward(self, x): return self.unit(self.values[x[:, 0, 0, 0].long()])
 
 
-def numbered(n): return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 1, 1).contiguous()
+def numbered(n):
+    return torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, 3, 1, 1).contiguous()
 
 
 def as_floats(x): return x.float()
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 60), units=st.integers(1, 4), k=st.integers(1, 20), sample=st.integers(1, 70), batch=st.integers(1, 20), levels=st.integers(1, 9), seed=st.integers(0, 99))
+@given(n=st.integers(1, 60), units=st.integers(1, 4), k=st.integers(1, 20),
+       sample=st.integers(1, 70), batch=st.integers(1, 20), levels=st.integers(1, 9),
+       seed=st.integers(0, 99))
 def test_a_survey_is_the_whole_table_in_small(n, units, k, sample, batch, levels, seed):
-    table = torch.randint(-levels, levels, (n, units), generator=torch.Generator().manual_seed(seed)).float()     # many ties
-    found = survey(Table(table).eval(), "unit", numbered(n), k=k, sample=sample, batch=batch, seed=seed, prepare=as_floats)
+    # many ties
+    table = torch.randint(-levels, levels, (n, units),
+                          generator=torch.Generator().manual_seed(seed)).float()
+    found = survey(Table(table).eval(), "unit", numbered(n), k=k, sample=sample, batch=batch,
+                   seed=seed, prepare=as_floats)
     k = min(k, n)
     order = table.sort(dim=0, descending=True, stable=True).indices[:k].T
-    assert torch.equal(found.top_images, order) and torch.equal(found.top_values, table.T.gather(1, order)) and found.seen == n
+    assert torch.equal(found.top_images, order)
+    assert torch.equal(found.top_values, table.T.gather(1, order))
+    assert found.seen == n
     torch.testing.assert_close(found.mean, table.double().mean(0))
-    torch.testing.assert_close(found.deviation, table.double().std(0, correction=0), atol=1e-7, rtol=1e-6)
-    assert torch.equal(found.sample_values, table[found.sample_images]) and len(set(found.sample_images.tolist())) == min(n, sample)
+    torch.testing.assert_close(found.deviation, table.double().std(0, correction=0), atol=1e-7,
+                               rtol=1e-6)
+    assert torch.equal(found.sample_values, table[found.sample_images])
+    assert len(set(found.sample_images.tolist())) == min(n, sample)
 
 
 def test_the_sample_is_uniform():
-    drawn = torch.cat([survey(Table(torch.zeros(50, 1)).eval(), "unit", numbered(50), k=1, sample=10, seed=s, prepare=as_floats).sample_images for s in range(200)])
+    drawn = torch.cat([survey(Table(torch.zeros(50, 1)).eval(), "unit", numbered(50), k=1,
+                              sample=10, seed=s, prepare=as_floats).sample_images
+                       for s in range(200)])
     assert stats.chisquare(torch.bincount(drawn, minlength=50)).pvalue > 1e-3
 
 
@@ -103,20 +127,27 @@ def test_strata_cover_the_range():
     table = torch.randperm(200, generator=torch.Generator().manual_seed(0)).float()[:, None]
     found = survey(Table(table).eval(), "unit", numbered(200), k=3, sample=200, prepare=as_floats)
     low, middle, high = found.strata(0, (0, .5, .9, 1), each=5)
-    assert table[low, 0].tolist() == [0, 25, 50, 74, 99] and table[middle, 0].tolist() == [100, 120, 140, 159, 179] and table[high, 0].tolist() == [180, 185, 190, 194, 199]
-    with pytest.raises(ValueError, match="holds 20 of the 200 sampled images, asked for are 21"): found.strata(0, (0, .1), each=21)
+    assert table[low, 0].tolist() == [0, 25, 50, 74, 99]
+    assert table[middle, 0].tolist() == [100, 120, 140, 159, 179]
+    assert table[high, 0].tolist() == [180, 185, 190, 194, 199]
+    with pytest.raises(ValueError, match="holds 20 of the 200 sampled images, asked for are 21"):
+        found.strata(0, (0, .1), each=21)
     with pytest.raises(ValueError, match="must ascend"): found.strata(0, (.5, .1))
     with pytest.raises(ValueError, match="kept the 3 strongest"): found.top(0, 4)
 
 
-@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.10"), (SmallAlexNet, "classifier"), (ResNet8, "stages.1"), (ResNet8, "bn1")])
-@pytest.mark.parametrize("at,reduce", [("centre", lambda v: v[:, :, v.shape[2]//2, v.shape[3]//2]), ("maximum", lambda v: v.amax((2, 3))), ("mean", lambda v: v.mean((2, 3)))])
+@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.10"), (SmallAlexNet, "classifier"),
+                                        (ResNet8, "stages.1"), (ResNet8, "bn1")])
+@pytest.mark.parametrize("at,reduce", [("centre", lambda v: v[:, :, v.shape[2]//2, v.shape[3]//2]),
+                                       ("maximum", lambda v: v.amax((2, 3))),
+                                       ("mean", lambda v: v.mean((2, 3)))])
 @pytest.mark.parametrize("when", ["pre", "post"])
 def test_any_layer_and_any_number(kind, layer, at, reduce, when):
     net, images = network(kind), bytes_of(6, 40, 40)
-    values = outputs(net, [layer], imagenet_input(images), when=when)[layer]
+    values = layer_outputs(net, [layer], imagenet_input(images), when=when)[layer]
     expected = values if values.ndim == 2 else reduce(values)
-    np.testing.assert_allclose(record(net, layer, images, at=at, when=when, batch=4).values, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(record(net, layer, images, at=at, when=when, batch=4).values,
+                               expected, rtol=1e-4, atol=1e-6)
     found = survey(net, layer, images, at=at, when=when, batch=4, sample=6)
     np.testing.assert_allclose(found.sample_values, expected, rtol=1e-4, atol=1e-6)
 
@@ -133,16 +164,19 @@ class Small(torch.nn.Module):
         return self.conv(x).mean((2, 3))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory")])
 def test_batches_are_halved_where_memory_does_not_suffice(error):
     torch.manual_seed(0)
     net, images = Small(error).eval(), bytes_of(20, 4, 4)
     wrapped = torch.nn.Sequential(net).eval()
     found = survey(wrapped, "0", images, batch=10, sample=20)
-    np.testing.assert_allclose(found.sample_values, net.conv(imagenet_input(images)).mean((2, 3)).detach(), atol=1e-5)
+    np.testing.assert_allclose(found.sample_values,
+                               net.conv(imagenet_input(images)).mean((2, 3)).detach(), atol=1e-5)
     assert net.calls[:4] == [10, 5, 2, 2] and max(net.calls[3:]) == 2
     wrong = torch.nn.Sequential(Small(RuntimeError("shapes do not fit"))).eval()
-    with pytest.raises(RuntimeError, match="shapes do not fit"): survey(wrong, "0", images, batch=10)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        survey(wrong, "0", images, batch=10)
 
 
 def test_a_killed_survey_goes_on(tmp_path):
@@ -161,20 +195,25 @@ class Deadly:
 found = survey(net, "features.6", Deadly(), k=7, sample=9, batch=4, resume="{tmp_path}/s.safetensors", every=0)
 found.save("{tmp_path}/final.safetensors")
 """
-    run = lambda *arguments: subprocess.run([sys.executable, "-c", script, *arguments], env=os.environ | dict(SUPERPOS_QUIET="1"))
-    assert run("die").returncode == -signal.SIGKILL and 0 < Survey.load(tmp_path/"s.safetensors").seen <= 28
+    run = lambda *arguments: subprocess.run([sys.executable, "-c", script, *arguments],
+                                            env=os.environ | dict(SUPERPOS_QUIET="1"))
+    assert run("die").returncode == -signal.SIGKILL
+    assert 0 < Survey.load(tmp_path/"s.safetensors").seen <= 28
     assert run().returncode == 0
     torch.manual_seed(0)
     net = SmallAlexNet(width=4).eval()
     straight = survey(net, "features.6", bytes_of(40, 40, 40, seed=1), k=7, sample=9, batch=4)
     resumed = Survey.load(tmp_path/"final.safetensors")
-    assert resumed.seen == 40 and all(torch.equal(a, b) for a, b in zip(straight._tensors().values(), resumed._tensors().values()))
+    assert resumed.seen == 40
+    assert all(torch.equal(a, b) for a, b in zip(straight._tensors().values(),
+                                                 resumed._tensors().values()))
 
 
 @pytest.mark.parametrize("file", [b"", b"\x80\x04\x95 pickled", save(dict(weight=torch.ones(2)))])
 def test_a_damaged_or_foreign_file_is_not_a_survey(tmp_path, file):
     (tmp_path/"some.safetensors").write_bytes(file)
-    with pytest.raises(ValueError, match="some.safetensors is not the file of a survey"): Survey.load(tmp_path/"some.safetensors")
+    with pytest.raises(ValueError, match="some.safetensors is not the file of a survey"):
+        Survey.load(tmp_path/"some.safetensors")
 
 
 def test_what_a_survey_refuses(tmp_path):
@@ -182,12 +221,21 @@ def test_what_a_survey_refuses(tmp_path):
     ask = lambda **other: survey(**dict(model=net, layer="features.6", images=images) | other)
     bright = images.clone()
     bright[3] = 255
-    for wrong, message in [(dict(layer="features.66"), "no layer 'features.66'"), (dict(images=[]), "no images"), (dict(k=0), "k must be"), (dict(batch=-1), "batch must"),
-                           (dict(at="center"), "at is 'centre'"), (dict(when="after"), "when is 'pre'"), (dict(bf16=True), "bf16 is for CUDA"), (dict(at=(99, 0)), "positions up to"),
-                           (dict(images=[*images[:3], bytes_of(1, 50, 40)[0]]), r"image 3 is \(3, 50, 40\)"), (dict(model=network(SmallAlexNet).train()), "training mode")]:
+    for wrong, message in [(dict(layer="features.66"), "no layer 'features.66'"),
+                           (dict(images=[]), "no images"), (dict(k=0), "k must be"),
+                           (dict(batch=-1), "batch must"),
+                           (dict(at="center"), "at is 'centre'"),
+                           (dict(when="after"), "when is 'pre'"),
+                           (dict(bf16=True), "bf16 is for CUDA"),
+                           (dict(at=(99, 0)), "positions up to"),
+                           (dict(images=[*images[:3], bytes_of(1, 50, 40)[0]]),
+                            r"image 3 is \(3, 50, 40\)"),
+                           (dict(model=network(SmallAlexNet).train()), "training mode")]:
         with pytest.raises(ValueError, match=message): ask(**wrong)
-    with pytest.raises(FloatingPointError, match="'features.6' is not finite for image 3 and 0 more"):
-        ask(images=bright, prepare=lambda x: torch.where((x == 255).all((1, 2, 3), keepdim=True), torch.nan, imagenet_input(x)))
+    with pytest.raises(FloatingPointError,
+                       match="'features.6' is not finite for image 3 and 0 more"):
+        ask(images=bright, prepare=lambda x: torch.where((x == 255).all((1, 2, 3), keepdim=True),
+                                                         torch.nan, imagenet_input(x)))
     (tmp_path/"x.safetensors").write_bytes(b"no survey")
     with pytest.raises(Exception, match="(?i)header|invalid"): ask(resume=tmp_path/"x.safetensors")
     with pytest.raises(ValueError, match="holds a survey with model"):

@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from superpos.book import NotebookError, _dependencies, _furnish, execute, main, mathml, notebooks, problems, readme, reference, superpos_imports
+from superpos.book import (
+    NotebookError,
+    _dependencies,
+    _furnish,
+    execute,
+    main,
+    mathml,
+    notebooks,
+    problems,
+    readme,
+    reference,
+    superpos_imports,
+)
 
 settings = """[DEFAULT]
 repo = tiny
@@ -52,9 +64,12 @@ def write(path: Path, *sources: str, outputs: dict[int, list] | None = None) -> 
     "A notebook; sources that begin with '# ', or with a single '%', are text."
     made = []
     for n, source in enumerate(sources):
-        cell, is_text = dict(id=f"c{n}", metadata={}, source=source), source.startswith("# ") or source[0] == "%" != source[1]
+        cell = dict(id=f"c{n}", metadata={}, source=source)
+        is_text = source.startswith("# ") or source[0] == "%" != source[1]
         if is_text: made.append(cell | dict(cell_type="markdown", source=source.lstrip("%")))
-        else: made.append(cell | dict(cell_type="code", execution_count=None, outputs=(outputs or {}).get(n, [])))
+        else:
+            made.append(cell | dict(cell_type="code", execution_count=None,
+                                    outputs=(outputs or {}).get(n, [])))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)))
     return path
@@ -79,11 +94,13 @@ def failure(project: Path) -> str:
 
 
 def test_failure_names_notebook_cell_and_error(project):
-    write(project/"nbs"/"07_sums.ipynb", "# Sums", "def divide(a):\n    return a/0", "#| hide\n\ntotal = divide(3)", "never = 1")
+    write(project/"nbs"/"07_sums.ipynb", "# Sums", "def divide(a):\n    return a/0",
+          "#| hide\n\ntotal = divide(3)", "never = 1")
     before = (project/"nbs"/"07_sums.ipynb").read_bytes()
     said = failure(project)
     assert "07_sums.ipynb, cell 3 of 4 (`total = divide(3)`): ZeroDivisionError" in said
-    assert "divide, line 2: return a/0" in said and said.endswith("ZeroDivisionError: division by zero")
+    assert "divide, line 2: return a/0" in said
+    assert said.endswith("ZeroDivisionError: division by zero")
     assert "IPython" not in said and len(said.splitlines()) < 8
     assert (project/"nbs"/"07_sums.ipynb").read_bytes() == before
 
@@ -91,7 +108,8 @@ def test_failure_names_notebook_cell_and_error(project):
 def test_a_claim_that_no_longer_holds_says_what_to_do(project):
     write(project/"nbs"/"00_a.ipynb", "density = .6", "assert density < .5")
     said = failure(project)
-    assert "cell 2 of 2 (`assert density < .5`): AssertionError" in said and "`make lab` shows the figures" in said
+    assert "cell 2 of 2 (`assert density < .5`): AssertionError" in said
+    assert "`make lab` shows the figures" in said
 
 
 def test_syntax_error_is_a_failure(project):
@@ -119,7 +137,8 @@ def test_failure_stops_the_rest(project):
 
 def test_slow_cells_are_skipped_and_emptied(project):
     old = [dict(output_type="stream", name="stdout", text=["old"])]
-    page = write(project/"nbs"/"00_a.ipynb", "#| slow\n1/0", "#| gpu\n1/0", "#| eval: false\n1/0", "2", outputs={n: old for n in range(4)})
+    page = write(project/"nbs"/"00_a.ipynb", "#| slow\n1/0", "#| gpu\n1/0", "#| eval: false\n1/0",
+                 "2", outputs=dict.fromkeys(range(4), old))
     execute(project)
     *skipped, last = read(page)
     assert [c["outputs"] for c in skipped] == [[], [], []]
@@ -127,7 +146,8 @@ def test_slow_cells_are_skipped_and_emptied(project):
 
 
 def test_running_twice_changes_nothing(project):
-    sources = "import matplotlib.pyplot as plt", "plt.plot([1, 3, 2]);", "object()", "{'b', 'a', 'c'}", "print(set('xyz'))"
+    sources = ("import matplotlib.pyplot as plt", "plt.plot([1, 3, 2]);", "object()",
+               "{'b', 'a', 'c'}", "print(set('xyz'))")
     page = write(project/"nbs"/"00_a.ipynb", *sources)
     execute(project)
     once = page.read_bytes()
@@ -143,7 +163,8 @@ def test_only_what_changed_runs_again(project, capsys):
 
     def ran() -> list[str]:
         execute(project, workers=1)
-        return [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("ok")]
+        return [line.split()[0] for line in capsys.readouterr().out.splitlines()
+                if line.endswith("ok")]
     assert ran() == [a.name, b.name]
     assert ran() == []
     write(a, "3")
@@ -157,8 +178,10 @@ def test_dependencies_reach_through_modules(project):
     for name, source in dict(low="from .lowest import y", lowest="y = 1", other="z = 1").items():
         (project/"superpos"/f"{name}.py").write_text(source)
     (project/"constraints.txt").write_text("numpy==2")
-    page = write(project/"nbs"/"00_a.ipynb", "def f():\n    from superpos.low import y", "%%time\n1")
-    assert {p.name for p in _dependencies(project, page)} == {"low.py", "lowest.py", "constraints.txt"}
+    page = write(project/"nbs"/"00_a.ipynb", "def f():\n    from superpos.low import y",
+                 "%%time\n1")
+    assert ({p.name for p in _dependencies(project, page)}
+            == {"low.py", "lowest.py", "constraints.txt"})
 
 
 def test_page_that_uses_the_book_depends_on_every_module(project):
@@ -169,7 +192,8 @@ def test_page_that_uses_the_book_depends_on_every_module(project):
 
 
 @pytest.mark.parametrize("source,names", [
-    ("import superpos.plot as p, torch", {"plot"}), ("from superpos import core, plot", {"core", "plot"}),
+    ("import superpos.plot as p, torch", {"plot"}), ("from superpos import core, plot",
+                                                     {"core", "plot"}),
     ("from .core import f", {"core"}), ("from . import mask", {"mask"}),
     ("class A:\n    def f(self):\n        from superpos.field import g", {"field"}),
     ("import superpose.core", set()), ("from superpos import __version__", set())])
@@ -178,7 +202,8 @@ def test_superpos_imports(source, names):
 
 
 def test_notebook_saved_meanwhile_is_left_alone(project, monkeypatch):
-    page = write(project/"nbs"/"00_a.ipynb", "from pathlib import Path", "with Path('00_a.ipynb').open('a') as f: f.write(' ')")
+    page = write(project/"nbs"/"00_a.ipynb", "from pathlib import Path",
+                 "with Path('00_a.ipynb').open('a') as f: f.write(' ')")
     assert "was changed while it was running" in failure(project)
     assert page.read_text().endswith(" ")
 
@@ -188,25 +213,29 @@ def test_folder_without_notebooks_is_refused(tmp_path):
 
 
 def test_unknown_command_is_refused():
-    with pytest.raises(SystemExit, match="unknown command 'serve'; there are execute"): main(["serve"])
+    with pytest.raises(SystemExit, match="unknown command 'serve'; there are execute"):
+        main(["serve"])
 
 
 # ---- formulas
 
 
 @pytest.mark.parametrize("text", [
-    "`$x$`", "``a ` $x$``", "```python\n'$x$'\n```", "~~~\n$x$\n~~~", r"\$5 and \$6", "$5 and $6", "a $ b $ c", "$x\n\ny$"])
+    "`$x$`", "``a ` $x$``", "```python\n'$x$'\n```", "~~~\n$x$\n~~~", r"\$5 and \$6", "$5 and $6",
+    "a $ b $ c", "$x\n\ny$"])
 def test_what_is_no_formula_stays(text):
     assert mathml(text) == text
 
 
 @pytest.mark.parametrize("latex,part", [
-    ("x_1", "<msub><mi>x</mi><mn>1</mn></msub>"), (r"\sigma(\beta s)", "<mi>&#x003C3;</mi>"), (r"\lVert s \rVert_1", 'form="postfix"'),
+    ("x_1", "<msub><mi>x</mi><mn>1</mn></msub>"), (r"\sigma(\beta s)", "<mi>&#x003C3;</mi>"),
+    (r"\lVert s \rVert_1", 'form="postfix"'),
     (r"\frac{a}{b}", "<mfrac>"), (r"\hat W", "<mover"), (r"W^\top", "<mi>&#x022A4;</mi>"),
     (r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "<mtable")])
 def test_formulas_become_mathml(latex, part):
     inline, block = mathml(f"so ${latex}$, and"), mathml(f"so\n\n$$\n{latex}\n$$\n\nand")
-    assert part in inline and inline.startswith("so <math") and 'display="inline"' in inline and inline.endswith("</math>, and")
+    assert part in inline and inline.startswith("so <math")
+    assert 'display="inline"' in inline and inline.endswith("</math>, and")
     assert part in block and 'display="block"' in block and "$" not in block + inline
 
 
@@ -232,62 +261,80 @@ def tiny(project: Path) -> Path:
     write(project/"nbs"/"index.ipynb", "# Tiny\n\n> A book of two pages.",
           "%Look at [two](10_two.ipynb#twice) or [its figure](10_two.ipynb#fig-dot), where $x^2_i$ is.",
           '#| label: fig-here\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\n1', outputs={2: png})
-    write(project/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "#| default_exp two", "%Text with `twice`.",
-          "#| export\nfrom dataclasses import dataclass",
-          '#| export\n@dataclass\nclass Pair:\n    "Two."\n    left: int  # the first of them\n    _: int = 0',
-          '#| export\ndef twice(\n    x: float,  # a number\n) -> float:\n    "$2x$, by adding."\n    return x + x',
-          '#| label: fig-dot\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\ntwice(1)', outputs={6: png})
+    write(project/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "#| default_exp two",
+          "%Text with `twice`.", "#| export\nfrom dataclasses import dataclass",
+          '#| export\n@dataclass\nclass Pair:\n    "Two."\n    left: int  # the first of them\n    '
+          '_: int = 0',
+          '#| export\ndef twice(\n    x: float,  # a number\n) -> float:\n    "$2x$, by adding."\n '
+          '   return x + x',
+          '#| label: fig-dot\n#| fig-cap: "A dot."\n#| fig-alt: "One dot."\ntwice(1)',
+          outputs={6: png})
     (project/"nbs"/"_quarto.yml").write_text(site_config)
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()"], cwd=project, check=True)
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; "
+                    "nbdev_export.__wrapped__()"], cwd=project, check=True)
     return project
 
 
-def command(project: Path, *words: str, path: str = os.path.dirname(sys.executable) + ":/usr/bin:/bin") -> subprocess.CompletedProcess:
+def command(project: Path, *words: str, path: str = os.path.dirname(sys.executable)
+            + ":/usr/bin:/bin") -> subprocess.CompletedProcess:
     env = os.environ | dict(PATH=path)
-    return subprocess.run([sys.executable, "-m", "superpos.book", *words], cwd=project, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "superpos.book", *words], cwd=project, env=env,
+                          capture_output=True, text=True)
 
 
 def test_site_is_rendered_and_checked(project):
     done = command(tiny(project), "render")
-    assert done.returncode == 0 and done.stdout.strip() == f"the site is at {project/'_docs'/'index.html'}", done.stderr
+    assert (done.returncode == 0 and done.stdout.strip() == "the site is at "
+            f"{project/'_docs'/'index.html'}"), done.stderr
     index, two = ((project/"_docs"/name).read_text() for name in ("index.html", "two.html"))
-    assert "two.html#twice" in index and "two.html#fig-dot" in index and 'id="fig-dot"' in two and 'id="twice"' in two
+    assert "two.html#twice" in index and "two.html#fig-dot" in index
+    assert 'id="fig-dot"' in two and 'id="twice"' in two
     assert "<msubsup>" in index and "katex" not in (index + two).lower()
     assert index.count('<img width="4" alt="One dot."') == 1  # half of its eight pixels
     assert "not_written_yet" not in index and "Later" not in index
     assert 'class="book-beside"><a href="https://example.org/tiny/blob/main/nbs/10_two.ipynb">Source</a> <a href="notebooks/10_two.ipynb" download>' in two
-    assert (project/"_docs"/"notebooks"/"10_two.ipynb").read_bytes() == (project/"nbs"/"10_two.ipynb").read_bytes()
+    assert ((project/"_docs"/"notebooks"/"10_two.ipynb").read_bytes()
+            == (project/"nbs"/"10_two.ipynb").read_bytes())
     assert two.count("# the first of them") == 1 and "_: int" not in two
     assert (project/"_docs"/"llms.txt").read_text() == (
-        "# tiny\n\n> A book of two pages.\n\nA book whose pages are notebooks and whose code is the Python package `tiny`. The notebook behind "
-        "`https://tiny.example.org/tiny/NAME.html` is in `https://tiny.example.org/tiny/notebooks/`, with its number in front of its name.\n\n"
-        "## Start here\n\n- [Tiny](https://tiny.example.org/tiny/index.html): A book of two pages.\n\n"
+        "# tiny\n\n> A book of two pages.\n\nA book whose pages are notebooks and whose code is "
+        "the Python package `tiny`. The notebook behind "
+        "`https://tiny.example.org/tiny/NAME.html` is in "
+        "`https://tiny.example.org/tiny/notebooks/`, with its number in front of its name.\n\n"
+        "## Start here\n\n- [Tiny](https://tiny.example.org/tiny/index.html): A book of two "
+        "pages.\n\n"
         "## Pages\n\n- [Two](https://tiny.example.org/tiny/two.html): Two times.\n")
     assert (project/"_docs"/"search.js").read_text().startswith("window.searchIndex = [")
-    assert "fonts.googleapis" not in "".join(p.read_text() for p in (project/"_docs").rglob("*.css"))
+    assert ("fonts.googleapis" not in "".join(p.read_text()
+                                              for p in (project/"_docs").rglob("*.css")))
     checked = command(project, "check")
     assert checked.returncode == 0 and "2 pages, every link leads somewhere" in checked.stdout, checked.stderr
-    (project/"_docs"/"two.html").write_text(two.replace('id="fig-dot"', "").replace('alt="One dot."', ""))
+    (project/"_docs"/"two.html").write_text(two.replace('id="fig-dot"',
+                                                        "").replace('alt="One dot."', ""))
     checked = command(project, "check")
     assert checked.returncode == 1
-    assert {"index.html: no such place two.html#fig-dot", "two.html: no alternative text for picture 1"} <= set(checked.stderr.splitlines())
+    assert {"index.html: no such place two.html#fig-dot", "two.html: no alternative text for "
+            "picture 1"} <= set(checked.stderr.splitlines())
 
 
 def test_quarto_is_used_where_it_is_installed(project):
     (project/"bin").mkdir()
-    (project/"bin"/"quarto").write_text('#!/bin/sh\necho "$@" > arguments; mkdir _docs; cat *.ipynb _quarto.yml > _docs/seen\n')
+    (project/"bin"/"quarto").write_text('#!/bin/sh\necho "$@" > arguments; mkdir _docs; cat '
+                                        '*.ipynb _quarto.yml > _docs/seen\n')
     (project/"bin"/"quarto").chmod(0o755)
     done = command(tiny(project), "render", path=f"{project/'bin'}:/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
     seen = (project/"_docs"/"seen").read_text()
     assert (project/"_proc"/"arguments").read_text().split()[0] == "render"
-    assert "$x^2_i$" in seen and "<math" not in seen and "html-math-method: mathml" in seen and "two.ipynb#twice" in seen
+    assert "$x^2_i$" in seen and "<math" not in seen
+    assert "html-math-method: mathml" in seen and "two.ipynb#twice" in seen
 
 
 def test_search_of_quarto_is_made_to_work_from_disk(project):
     write(project/"nbs"/"00_a.ipynb", "1")
     (site := project/"_docs").mkdir()
-    (site/"quarto-search.js").write_text('if (window.location.protocol === "file:" && !shownWarning) return;')
+    (site/"quarto-search.js").write_text('if (window.location.protocol === "file:" && '
+                                         '!shownWarning) return;')
     (site/"search.json").write_text("[]")
     _furnish(project, site)
     assert (site/"quarto-search.js").read_text() == "if (false && !shownWarning) return;"
@@ -295,34 +342,46 @@ def test_search_of_quarto_is_made_to_work_from_disk(project):
 
 
 modules = dict(
-    low='__all__ = ["size", "check", "Box"]\nsize = 3\ndef check(x):\n    "No more than `size`."\n    if x > size: raise ValueError(x)\n'
-        'class Box:\n    "A box."\n    def __init__(self, a, *rest): check(a)\n    @property\n    def full(self) -> bool:\n        "Whether."\n'
+    low='__all__ = ["size", "check", "Box"]\nsize = 3\ndef check(x):\n    "No more than `size`."\n '
+    '   if x > size: raise ValueError(x)\n'
+        'class Box:\n    "A box."\n    def __init__(self, a, *rest): check(a)\n    @property\n    '
+    'def full(self) -> bool:\n        "Whether."\n'
         '    def open(self, how) -> None:\n        "Opens."\n        raise errors.Stuck',
     high='__all__ = ["near", "far", "calm"]\nfrom .low import check as same\nfrom . import low as l\n'
-         'def _deep(x): same(x); _deep(x)\ndef near(x: int | None, *, y=1) -> "dict | None":\n    "Is |near|.\\n\\n    More."\n    _deep(x)\n'
-         'def far(**k):\n    "Far."\n    l.Box(k)\ndef calm():\n    "Calm."\n    l.size\n    try: 1\n    except KeyError as e: raise e')
+         'def _deep(x): same(x); _deep(x)\ndef near(x: int | None, *, y=1) -> "dict | None":\n    '
+    '"Is |near|.\\n\\n    More."\n    _deep(x)\n'
+         'def far(**k):\n    "Far."\n    l.Box(k)\ndef calm():\n    "Calm."\n    l.size\n    try: '
+    '1\n    except KeyError as e: raise e')
 
 
 def test_reference_names_arguments_and_errors(project):
     (project/"tiny").mkdir()
     for n, (name, source) in enumerate(modules.items()):
         (project/"tiny"/f"{name}.py").write_text(source)
-        write(project/"nbs"/f"0{n}_{name}.ipynb", f"# {name.title()}\n\n> It is {name}.", f"#| default_exp {name}")
+        write(project/"nbs"/f"0{n}_{name}.ipynb", f"# {name.title()}\n\n> It is {name}.",
+              f"#| default_exp {name}")
     low, high = reference(project).split("\n\n## ")
     head = "| Name, arguments → what it gives | What it does | Can raise |\n|---|---|---|\n"
     assert low == "## tiny.low\n\n[Low](00_low.ipynb): It is low.\n\n" + head + "\n".join([
-        "| [size](00_low.ipynb) | `3` | |", "| [check](00_low.ipynb#check)`(x)` | No more than `size`. | `ValueError` |",
-        "| [Box](00_low.ipynb#box)`(a, *rest)` | A box. | `ValueError` |", "| [Box.full](00_low.ipynb#box) → `bool` | Whether. |  |",
+        "| [size](00_low.ipynb) | `3` | |", "| [check](00_low.ipynb#check)`(x)` | No more than "
+        "`size`. | `ValueError` |",
+        "| [Box](00_low.ipynb#box)`(a, *rest)` | A box. | `ValueError` |",
+        "| [Box.full](00_low.ipynb#box) → `bool` | Whether. |  |",
         "| [Box.open](00_low.ipynb#box)`(how)` | Opens. | `Stuck` |"])
     assert high == "tiny.high\n\n[High](01_high.ipynb): It is high.\n\n" + head + "\n".join([
-        "| [near](01_high.ipynb#near)`(x, y)` → `dict or None` | Is &#124;near&#124;. | `ValueError` |",
-        "| [far](01_high.ipynb#far)`(**k)` | Far. | `ValueError` |", "| [calm](01_high.ipynb#calm)`()` | Calm. |  |"])
+        "| [near](01_high.ipynb#near)`(x, y)` → `dict or None` | Is &#124;near&#124;. | "
+        "`ValueError` |",
+        "| [far](01_high.ipynb#far)`(**k)` | Far. | `ValueError` |",
+        "| [calm](01_high.ipynb#calm)`()` | Calm. |  |"])
 
 
 def test_formula_in_a_page_names_the_page(project):
-    write(tiny(project)/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.", "%A formula $\\nosuchcommand$.")
+    write(tiny(project)/"nbs"/"10_two.ipynb", "# Two\n\n> Two times.",
+          "%A formula $\\nosuchcommand$.")
     done = command(project, "render")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(r"10_two.ipynb: no MathML for \nosuchcommand")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith(
+        r"10_two.ipynb: no MathML for \nosuchcommand")
 
 
 good_page = '<html><head><link rel="canonical" href="https://x.org/a"></head><body><main><h1 id="here">A</h1>{}</main></body></html>'
@@ -352,7 +411,8 @@ def test_planted_problem_is_found(tmp_path, html, problem):
 
 def test_page_without_problems(tmp_path):
     (tmp_path/"a.html").write_text(good_page.format(
-        '<a href="#here">here</a> <a href="">self</a> <a href="https://x.org/">away</a> <a href="mailto:me@fig-x.org">mail</a>'
+        '<a href="#here">here</a> <a href="">self</a> <a href="https://x.org/">away</a> <a '
+        'href="mailto:me@fig-x.org">mail</a>'
         '<img alt="a" src="data:image/png;base64,AA"> <code>@fig-a</code>'))
     assert problems(tmp_path) == []
 

@@ -4,17 +4,33 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 from torchvision.models import VisionTransformer
 
 from superpos import circuit
 from superpos.activation import record, strongest_patches
-from superpos.circuit import (Circuit, ablate, auroc, card, cross_ablation, effective, extract, faithfulness, keeps, matched, null, overlap, overlaps, skeleton)
+from superpos.circuit import (
+    Circuit,
+    ablate,
+    against_controls,
+    auroc,
+    cross_ablation,
+    effective_mask,
+    extract,
+    faithfulness,
+    kept_fractions,
+    matched_mask,
+    overlap,
+    overlaps,
+    scorecard,
+    skeleton,
+)
 from superpos.field import pathway, receptive_field
-from superpos.mask import Layout, keep_top, random_like, respond, soft, undecided
-from superpos.model import ResNet8, SmallAlexNet, fingerprint, outputs
+from superpos.mask import Layout, keep_top, random_like, respond, soft_mask, undecided
+from superpos.model import ResNet8, SmallAlexNet, fingerprint, layer_outputs
 from superpos.score import magnitude, relevant_weights
 from superpos.sparsify import sparsify
 
@@ -29,7 +45,8 @@ def net():
 def path(net): return pathway(net, "features.6", (64, 64))
 
 
-def crops(path, n, seed=0): return path.crop(torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
+def crops(path, n, seed=0):
+    return path.crop(torch.rand(n, 3, 64, 64, generator=torch.Generator().manual_seed(seed)))
 
 
 # ---- recording
@@ -43,21 +60,28 @@ def test_recording_does_not_depend_on_the_batch(net):
 
 def test_values_that_are_not_finite_are_named(net):
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8)]*3
-    def prepare(x): return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, x/255)
-    with pytest.raises(FloatingPointError, match="'features.6' is not finite for image 1 and 0 more"): record(net, "features.6", images, prepare)
+    def prepare(x):
+        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 1, torch.nan, x/255)
+    with pytest.raises(FloatingPointError,
+                       match="'features.6' is not finite for image 1 and 0 more"):
+        record(net, "features.6", images, prepare)
     with pytest.raises(ValueError, match="no images"): record(net, "features.6", [])
 
 
 def test_strongest_patch_is_the_best_of_all_positions(net):
-    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((64, 64), (70, 90), (101, 67))]
+    images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8)
+              for h, w in ((64, 64), (70, 90), (101, 67))]
     prepare = lambda x: x/255
-    found, field = strongest_patches(net, "features.6:2", images, prepare), receptive_field(net, "features.6")
+    found = strongest_patches(net, "features.6:2", images, prepare)
+    field = receptive_field(net, "features.6")
     for image, response, corner in zip(images, found.response, found.corner):
-        values = outputs(net, ["features.6"], prepare(image[None]))["features.6"][0, 2]
+        values = layer_outputs(net, ["features.6"], prepare(image[None]))["features.6"][0, 2]
         inside = {(i, j): values[i, j].item() for i, j in np.ndindex(*values.shape)
-                  if all(a >= 0 and b <= n for (a, b), n in zip(field.window((i, j)), image.shape[1:]))}
+                  if all(a >= 0 and b <= n
+                         for (a, b), n in zip(field.window((i, j)), image.shape[1:]))}
         best = max(inside, key=inside.get)
-        assert inside[best] == response.item() and [w[0] for w in field.window(best)] == corner.tolist()
+        assert inside[best] == response.item()
+        assert [w[0] for w in field.window(best)] == corner.tolist()
 
 
 # ---- masks
@@ -73,42 +97,51 @@ def test_views_share_memory_and_flatten_is_their_inverse(shapes):
 
 
 def test_soft_masks_hold_no_denormal_numbers():
-    values = soft(torch.linspace(-5, 5, 1001), 200)
+    values = soft_mask(torch.linspace(-5, 5, 1001), 200)
     assert ((values == 0) | (values >= 1e-6)).all() and undecided(torch.tensor([-1., 1.]), 200) == 0
 
 
 # ---- learning
 
-def groups(path): return crops(path, 12, 1), crops(path, 12, 2).flip(1) * .5, crops(path, 16, 3) * .2
+def groups(path):
+    return crops(path, 12, 1), crops(path, 12, 2).flip(1) * .5, crops(path, 16, 3) * .2
 
 
 @pytest.mark.parametrize("objective", ["preserve", "separate"])
 def test_learning_is_exact_in_size_and_repeatable(net, path, objective):
     before = fingerprint(net)
-    a, b, c = (sparsify(path, 3, *groups(path), keep=.2, objective=objective, steps=12, seed=s) for s in (0, 0, 1))
-    assert a.mask.sum() == round(.2*len(a.layout)) and torch.equal(a.mask, b.mask) and (a.loss == b.loss).all() and (a.loss != c.loss).any()
+    a, b, c = (sparsify(path, 3, *groups(path), keep=.2, objective=objective, steps=12, seed=s)
+               for s in (0, 0, 1))
+    assert a.mask.sum() == round(.2*len(a.layout)) and torch.equal(a.mask, b.mask)
+    assert (a.loss == b.loss).all() and (a.loss != c.loss).any()
     assert fingerprint(net) == before
 
 
 def test_an_undecided_mask_is_refused(path):
-    with pytest.raises(RuntimeError, match="undecided"): sparsify(path, 3, *groups(path), keep=.2, steps=3, beta=2).check()
+    with pytest.raises(RuntimeError, match="undecided"):
+        sparsify(path, 3, *groups(path), keep=.2, steps=3, beta=2).check()
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(own=torch.zeros(1, 3, 35, 35)), "'own' needs at least two images, got 1"), (dict(keep=0), "got 0"), (dict(keep=1.5), "got 1.5"),
-    (dict(keep=1e-9), "keeps nothing"), (dict(objective="win"), "got 'win'"), (dict(steps=1), "got 1"), (dict(per="pixel"), "got 'pixel'")])
+    (dict(own=torch.zeros(1, 3, 35, 35)), "'own' needs at least two images, got 1"),
+    (dict(keep=0), "got 0"), (dict(keep=1.5), "got 1.5"),
+    (dict(keep=1e-9), "keeps nothing"), (dict(objective="win"), "got 'win'"),
+    (dict(steps=1), "got 1"), (dict(per="pixel"), "got 'pixel'")])
 def test_bad_input_is_refused(path, change, message):
     own, other, background = groups(path)
-    with pytest.raises(ValueError, match=message): sparsify(path, 3, **dict(own=own, other=other, background=background, steps=2) | change)
+    with pytest.raises(ValueError, match=message):
+        sparsify(path, 3, **dict(own=own, other=other, background=background, steps=2) | change)
 
 
 def test_a_constant_unit_is_refused(path):
     same = torch.zeros(4, *crops(path, 1).shape[1:])
-    with pytest.raises(ValueError, match="same value for all images"): sparsify(path, 3, same, same, same, steps=2)
+    with pytest.raises(ValueError, match="same value for all images"):
+        sparsify(path, 3, same, same, same, steps=2)
 
 
 def test_a_diverging_loss_is_explained(path):
-    with pytest.raises(FloatingPointError, match="smaller rate"): sparsify(path, 3, *groups(path), optimiser="sgd", rate=1e38, steps=12)
+    with pytest.raises(FloatingPointError, match="smaller rate"):
+        sparsify(path, 3, *groups(path), optimiser="sgd", rate=1e38, steps=12)
 
 
 # ---- circuits
@@ -117,25 +150,32 @@ def test_card_against_scipy():
     g = torch.Generator().manual_seed(0)
     whole = [torch.randn(n, generator=g) + m for n, m in ((20, 3), (30, 1), (50, 0))]
     masked = [w*.5 + torch.randn(len(w), generator=g)*.3 for w in whole]
-    found, line = card(*zip(masked, whole)), stats.linregress(whole[0], masked[0])
-    assert found["slope"] == pytest.approx(line.slope, rel=1e-5) and found["correlation"] == pytest.approx(line.rvalue, rel=1e-5)
-    assert found["auroc_other"] == pytest.approx(stats.mannwhitneyu(masked[0], masked[1]).statistic/600)
+    found, line = scorecard(*zip(masked, whole)), stats.linregress(whole[0], masked[0])
+    assert found["slope"] == pytest.approx(line.slope, rel=1e-5)
+    assert found["correlation"] == pytest.approx(line.rvalue, rel=1e-5)
+    assert (found["auroc_other"]
+            == pytest.approx(stats.mannwhitneyu(masked[0], masked[1]).statistic/600))
     assert auroc(torch.tensor([1.]), torch.tensor([1.])) == .5
 
 
 def test_circuit_files(net, path, tmp_path):
     layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    circuit = Circuit.of(net, "features.6:3", keep_top(layout.flatten(magnitude(path, 3)), .13), layout, "dogs", "magnitude", seed=1)
+    circuit = Circuit.of(net, "features.6:3", keep_top(layout.flatten(magnitude(path, 3)), .13),
+                         layout, "dogs", "magnitude", seed=1)
     circuit.save(file)
-    assert torch.equal(Circuit.load(file, net).mask, circuit.mask) and Circuit.load(file, net).layout == layout
-    torch.testing.assert_close(circuit.response(path, crops(path, 3)), respond(path, 3, crops(path, 3), circuit.mask, layout))
+    assert torch.equal(Circuit.load(file, net).mask, circuit.mask)
+    assert Circuit.load(file, net).layout == layout
+    torch.testing.assert_close(circuit.response(path, crops(path, 3)),
+                               respond(path, 3, crops(path, 3), circuit.mask, layout))
     whole = file.read_bytes()
     for damaged in (whole[:-5], whole[:20], b"", b"{}"*50):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="not the file of a circuit"): Circuit.load(file, net)
     file.write_bytes(whole)
-    with pytest.raises(ValueError, match="belongs to other weights"): Circuit.load(file, SmallAlexNet(width=4))
-    with pytest.raises(ValueError, match="booleans"): Circuit.of(net, "features.6:3", torch.ones(3).bool(), layout, "", "")
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        Circuit.load(file, SmallAlexNet(width=4))
+    with pytest.raises(ValueError, match="booleans"):
+        Circuit.of(net, "features.6:3", torch.ones(3).bool(), layout, "", "")
 
 
 def test_a_circuit_is_bound_to_biases_too(net, path, tmp_path):
@@ -150,7 +190,8 @@ def test_a_circuit_is_bound_to_biases_too(net, path, tmp_path):
 
 def test_images_that_cannot_be_recorded_are_refused(net):
     images = [torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(3, 70, 64, dtype=torch.uint8)]
-    with pytest.raises(ValueError, match=r"image 1 is \(3, 70, 64\)"): record(net, "features.6", images)
+    with pytest.raises(ValueError, match=r"image 1 is \(3, 70, 64\)"):
+        record(net, "features.6", images)
     with pytest.raises(ValueError, match="no images"): strongest_patches(net, "features.6:0", [])
     with pytest.raises(FloatingPointError, match="features.6:0 is not finite for image 0"):
         strongest_patches(net, "features.6:0", images, lambda x: x*torch.nan)
@@ -166,18 +207,25 @@ def random_net(seed, bias=True):
     parts, channels = [], 3
     for k in range(3):
         width = pick(2, 4, 6)
-        parts += [nn.Conv2d(channels, width, pick(1, 3), pick(1, 2) if k == 0 else 1, pick(1, 2), pick(1, 2), bias=bias), *([nn.BatchNorm2d(width)] if pick(0, 1) else []), pick(nn.ReLU, nn.GELU)()]
-        if k < 2: parts.append(pick(nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Identity()))
+        parts += [nn.Conv2d(channels, width, pick(1, 3), pick(1, 2) if k == 0 else 1, pick(1, 2),
+                            pick(1, 2), bias=bias), *([nn.BatchNorm2d(width)] if pick(0, 1)
+                                                      else []), pick(nn.ReLU, nn.GELU)()]
+        if k < 2:
+            parts.append(pick(nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2),
+                              nn.Identity()))
         channels = width
     net = nn.Sequential(*parts, nn.Conv2d(channels, 2, 3, padding=1)).eval().requires_grad_(False)
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(); m.running_var.uniform_(.5, 2); m.weight.normal_(); m.bias.normal_()
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(); m.running_var.uniform_(.5,
+                                                             2); m.weight.normal_(); m.bias.normal_()
         elif isinstance(m, nn.Conv2d) and bias: m.bias.normal_()
     return net, str(len(net) - 1)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["weight", "kernel", "filter", "channel"]), st.sampled_from([.2, .5, .9]), st.booleans(), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from(["weight", "kernel", "filter", "channel"]),
+       st.sampled_from([.2, .5, .9]), st.booleans(), st.booleans())
 def test_extracted_networks_equal_masked_ones(seed, per, keep, corner, bias):
     net, layer = random_net(seed, bias)
     way = pathway(net, layer, (36, 36), (0, 0) if corner else None)
@@ -187,21 +235,27 @@ def test_extracted_networks_equal_masked_ones(seed, per, keep, corner, bias):
     x = way.crop(torch.randn(3, 3, 36, 36, generator=g))
     small = extract(way, 1, mask, layout)
     torch.testing.assert_close(small(x), respond(way, 1, x, mask, layout), atol=1e-5, rtol=1e-5)
-    assert sum(m.weight.numel() for m in small if isinstance(m, nn.Conv2d)) <= sum(w.numel() for w in relevant_weights(way, 1).values())
+    assert sum(m.weight.numel() for m in small
+               if isinstance(m, nn.Conv2d)) <= sum(w.numel()
+                                                   for w in relevant_weights(way, 1).values())
 
 
 @pytest.mark.parametrize("per", ["filter", "channel"])
 def test_half_the_channels_make_a_network_of_half_the_width(path, per):
     layout = Layout.of(path, 3, per)
-    halves = {name: torch.arange(len(p)) % 2 == 0 if len(p) > 3 else torch.ones(len(p), dtype=torch.bool) for name, p in layout.views(torch.ones(len(layout))).items()}
+    halves = {name: torch.arange(len(p)) % 2 == 0 if len(p) > 3
+              else torch.ones(len(p), dtype=torch.bool)
+              for name, p in layout.views(torch.ones(len(layout))).items()}
     mask, x = layout.flatten(halves), crops(path, 2)
     small = extract(path, 3, mask, layout)
-    assert [(m.in_channels, m.out_channels) for m in small if isinstance(m, nn.Conv2d)] == [(3, 2), (2, 6), (6, 1)]
+    assert ([(m.in_channels, m.out_channels) for m in small if isinstance(m, nn.Conv2d)]
+            == [(3, 2), (2, 6), (6, 1)])
     torch.testing.assert_close(small(x), respond(path, 3, x, mask, layout), atol=1e-5, rtol=1e-5)
 
 
 def test_dead_channels_speak_through_their_biases():
-    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 1, 3, padding=1)).eval().requires_grad_(False)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(),
+                        nn.Conv2d(2, 1, 3, padding=1)).eval().requires_grad_(False)
     net[0].bias.fill_(1.)
     way = pathway(net, "2", (5, 5), (0, 0))
     layout = Layout.of(way, 0, "filter")
@@ -216,28 +270,34 @@ def test_dead_channels_speak_through_their_biases():
 def test_a_circuit_that_nothing_reaches_is_a_constant(path):
     layout = Layout.of(path, 3)
     empty, x = torch.zeros(len(layout), dtype=torch.bool), crops(path, 3)
-    torch.testing.assert_close(extract(path, 3, empty, layout)(x), respond(path, 3, x, empty, layout))
+    torch.testing.assert_close(extract(path, 3, empty, layout)(x),
+                               respond(path, 3, x, empty, layout))
 
 
 @pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
 @pytest.mark.parametrize("seed", range(4))
 def test_effective_entries_are_those_whose_removal_shows(per, seed):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(4, 4, 1), nn.Identity(), nn.Conv2d(4, 1, 1)).eval().double().requires_grad_(False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(4, 4, 1), nn.Identity(),
+                        nn.Conv2d(4, 1, 1)).eval().double().requires_grad_(False)
     way = pathway(net, "4", (1, 1))
     layout, x = Layout.of(way, 0, per), torch.randn(3, 3, 1, 1, dtype=torch.double)
     mask = torch.rand(len(layout)) < .5
-    slope = lambda m: (lambda y: y - y.mean())(respond(way, 0, x, m, layout))  # what depends on the image
+    # what depends on the image
+    slope = lambda m: (lambda y: y - y.mean())(respond(way, 0, x, m, layout))
     without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
-    shows = torch.tensor([bool(mask[i]) and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12) for i in range(len(mask))])
-    assert torch.equal(effective(mask, layout), shows)
+    shows = torch.tensor([bool(mask[i])
+                          and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12)
+                          for i in range(len(mask))])
+    assert torch.equal(effective_mask(mask, layout), shows)
 
 
 class Branches(nn.Module):
     "A way around, a concatenation, and a linear layer at the end; nothing in it can hide an effect by chance."
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c, self.d = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1), nn.Conv2d(5, 3, 1)
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1),
+                                          nn.Conv2d(3, 2, 1), nn.Conv2d(5, 3, 1))
         self.norm, self.unused, self.e = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
 
     def forward(self, x):
@@ -255,19 +315,23 @@ def test_effective_entries_of_branches_are_those_whose_removal_shows(per, seed):
     mask = torch.rand(len(layout)) < .5
     slope = lambda m: (lambda y: y - y.mean())(respond(way, 1, x, m, layout))
     without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
-    shows = torch.tensor([bool(mask[i]) and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12) for i in range(len(mask))])
+    shows = torch.tensor([bool(mask[i])
+                          and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12)
+                          for i in range(len(mask))])
     before = fingerprint(way.model)
-    assert torch.equal(effective(mask, layout, way), shows) and keeps(way, mask, layout)["effective"] == shows.sum().item()/len(shows)
-    assert fingerprint(way.model) == before and not effective(mask & False, layout, way).any()
+    assert torch.equal(effective_mask(mask, layout, way), shows)
+    assert kept_fractions(way, mask, layout)["effective"] == shows.sum().item()/len(shows)
+    assert fingerprint(way.model) == before and not effective_mask(mask & False, layout, way).any()
 
 
 @pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
 def test_a_chain_that_is_run_whole_has_the_same_paths(net, path, per):
-    whole = pathway(net, "classifier", (64, 64))  # through a linear layer, so that whole images are run
+    # through a linear layer, so that whole images are run
+    whole = pathway(net, "classifier", (64, 64))
     layout, part = Layout.of(whole, 3, per), Layout.of(path, 3, per)
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(1)) < .6
     mask[-1] = True  # the unit's filter
-    found = layout.views(effective(mask, layout, whole))
+    found = layout.views(effective_mask(mask, layout, whole))
     assert all(found[name].any() for name in layout.names)
     chain = circuit._alive_in_branches(keep := mask[:len(part)], part, path)
     assert all((a == b).all() for a, b in zip(chain, circuit._alive(keep, part)))
@@ -277,66 +341,94 @@ def test_what_needs_a_chain_says_so():
     way = pathway(ResNet8(width=4).eval().requires_grad_(False), "stages.1.conv2", (32, 32))
     layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
     mask = torch.ones(len(layout), dtype=torch.bool)
-    with pytest.raises(ValueError, match="branch; give the pathway"): effective(mask, layout)
+    with pytest.raises(ValueError, match="branch; give the pathway"): effective_mask(mask, layout)
     why = "whole images are run: 'relu_3' is not a module"
-    with pytest.raises(NotImplementedError, match=f"a circuit is extracted from a chain of layers only; {why}"): extract(way, 0, mask, layout)
+    with pytest.raises(NotImplementedError, match="a circuit is extracted from a chain of layers "
+                       f"only; {why}"):
+        extract(way, 0, mask, layout)
     for fill in ("mean", "resample"):
-        with pytest.raises(NotImplementedError, match=f"fill='{fill}' needs a chain of layers; {why}"): ablate(way, 0, x, mask, layout, fill, x)
-    with pytest.raises(NotImplementedError, match=f"another way of convolving needs a chain of layers; {why}"): way(x, convolve=lambda *_: x)
-    vit = pathway(VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=16).eval(), "encoder.layers.encoder_layer_0.mlp.0", (16, 16))
-    with pytest.raises(NotImplementedError, match="normalisation; '.*' belongs to a MultiheadAttention"): effective(torch.ones(len(of := Layout.of(vit, 0))).bool(), of, vit)
+        with pytest.raises(NotImplementedError,
+                           match=f"fill='{fill}' needs a chain of layers; {why}"):
+            ablate(way, 0, x, mask, layout, fill, x)
+    with pytest.raises(NotImplementedError, match="another way of convolving needs a chain of "
+                       f"layers; {why}"):
+        way(x, convolve=lambda *_: x)
+    vit = pathway(VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8,
+                                    mlp_dim=16).eval(), "encoder.layers.encoder_layer_0.mlp.0",
+                  (16, 16))
+    with pytest.raises(NotImplementedError, match="normalisation; '.*' belongs to a "
+                       "MultiheadAttention"):
+        effective_mask(torch.ones(len(of := Layout.of(vit, 0))).bool(), of, vit)
 
 
 def test_a_pathway_convolves_as_it_is_told(path):
     x, seen = crops(path, 2), []
-    def plain(name, m, z): seen.append(name); return nn.functional.conv2d(z, m.weight, m.bias, m.stride, 0, m.dilation)
-    assert torch.equal(path(x, convolve=plain), path(x)) and seen == [n for n in path.parameters() if n.endswith("weight")]
-    assert torch.equal(path(x, convolve=lambda *a: 2*plain(*a))[:, 3], path(x, unit=3, convolve=lambda name, m, z: 2*plain(name, m, z)[:, 3:4] if name == "features.6.weight" else 2*plain(name, m, z)))
+    def plain(name, m, z):
+        seen.append(name); return nn.functional.conv2d(z, m.weight, m.bias, m.stride, 0, m.dilation)
+    assert torch.equal(path(x, convolve=plain), path(x))
+    assert seen == [n for n in path.parameters() if n.endswith("weight")]
+    assert torch.equal(path(x, convolve=lambda *a: 2*plain(*a))[:, 3],
+                       path(x, unit=3, convolve=lambda name, m, z: 2*plain(name, m, z)[:, 3:4]
+                            if name == "features.6.weight" else 2*plain(name, m, z)))
 
 
 def test_three_counts_of_what_is_kept(path):
     layout = Layout.of(path, 3)
     mask = torch.ones(len(layout), dtype=torch.bool)
-    found = keeps(path, mask, layout)
+    found = kept_fractions(path, mask, layout)
     every = sum(p.shape[0]*p.shape[1] for n, p in path.parameters().items() if p.ndim == 4)
     assert found == dict(all=len(layout)/every, relevant=1., effective=1.)
-    with pytest.raises(NotImplementedError, match="'b' does not read"): effective(torch.ones(5).bool(), Layout(("a", "b"), ((2, 1), (1, 3)), "kernel"))
+    with pytest.raises(NotImplementedError, match="'b' does not read"):
+        effective_mask(torch.ones(5).bool(), Layout(("a", "b"), ((2, 1), (1, 3)), "kernel"))
 
 
 def test_ablation_by_mean_and_resampling_against_hooks(path):
     layout, x, ref = Layout.of(path, 3), crops(path, 3, 1), crops(path, 5, 2)
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .5
     none = torch.zeros_like(mask)
-    torch.testing.assert_close(ablate(path, 3, x, mask | True, layout, "mean", ref), respond(path, 3, x))
+    torch.testing.assert_close(ablate(path, 3, x, mask | True, layout, "mean", ref),
+                               respond(path, 3, x))
     whole = respond(path, 3, ref)
     drawn = torch.randint(5, (3,), generator=torch.Generator().manual_seed(7))
-    torch.testing.assert_close(ablate(path, 3, x, none, layout, "resample", ref, seed=7), whole[drawn])  # nothing kept: the other image's response
-    last = torch.cat([torch.ones(sum(layout.sizes[:-1])), torch.zeros(layout.sizes[-1])]).bool()  # all of the last layer replaced
-    torch.testing.assert_close(ablate(path, 3, x, last, layout, "mean", ref), whole.mean().expand(3))
-    torch.testing.assert_close(ablate(path, 3, x, mask, layout, "resample", ref, seed=7, batch=1), ablate(path, 3, x, mask, layout, "resample", ref, seed=7))
-    for wrong, message in ((dict(fill="one"), "got 'one'"), (dict(fill="mean"), "needs reference images")):
+    # nothing kept: the other image's response
+    torch.testing.assert_close(ablate(path, 3, x, none, layout, "resample", ref, seed=7),
+                               whole[drawn])
+    # all of the last layer replaced
+    last = torch.cat([torch.ones(sum(layout.sizes[:-1])), torch.zeros(layout.sizes[-1])]).bool()
+    torch.testing.assert_close(ablate(path, 3, x, last, layout, "mean", ref),
+                               whole.mean().expand(3))
+    torch.testing.assert_close(ablate(path, 3, x, mask, layout, "resample", ref, seed=7, batch=1),
+                               ablate(path, 3, x, mask, layout, "resample", ref, seed=7))
+    for wrong, message in ((dict(fill="one"), "got 'one'"),
+                           (dict(fill="mean"), "needs reference images")):
         with pytest.raises(ValueError, match=message): ablate(path, 3, x, mask, layout, **wrong)
 
 
 def test_faithfulness_of_everything_and_of_its_complement(path):
     layout = Layout.of(path, 3)
     found = faithfulness(path, 3, torch.ones(len(layout), dtype=torch.bool), layout, *groups(path))
-    for name in ("circuit", "circuit, mean", "circuit, resample", "random"): assert found[name]["correlation"] == pytest.approx(1, abs=1e-4)
-    assert found["complement"]["correlation"] == found["complement"]["slope"] == 0 and found["complement"]["auroc_other"] == .5
+    for name in ("circuit", "circuit, mean", "circuit, resample", "random"):
+        assert found[name]["correlation"] == pytest.approx(1, abs=1e-4)
+    assert found["complement"]["correlation"] == found["complement"]["slope"] == 0
+    assert found["complement"]["auroc_other"] == .5
 
 
 def test_a_constant_response_has_no_correlation_and_no_slope():
     a, flat = torch.randn(9), torch.full((9,), .1)
     for own in ((a, flat), (flat, a), (flat, flat)):
-        found = card(own, (a, a), (a, a))
+        found = scorecard(own, (a, a), (a, a))
         assert found["correlation"] == found["slope"] == 0
 
 
 def test_null_counts_the_control_units_that_do_as_well(path):
-    found = null(lambda path, unit: dict(score=float(unit)), path, 3, controls=[0, 1, 5])["score"]
+    found = against_controls(lambda path, unit: dict(score=float(unit)), path, 3, controls=[
+        0, 1, 5])["score"]
     assert found == dict(value=3., controls=[0., 1., 5.], excess=1., p=.5)
-    assert 3 not in [int(c) for c in null(lambda path, unit: dict(score=float(unit)), path, 3, controls=23)["score"]["controls"]]
-    with pytest.raises(ValueError, match="1..23 control units"): null(lambda *_: {}, path, 3, controls=24)
+    assert 3 not in [int(c)
+                     for c in against_controls(lambda path, unit: dict(
+                         score=float(unit)), path, 3, controls=23)["score"]["controls"]]
+    with pytest.raises(ValueError, match="1..23 control units"):
+        against_controls(lambda *_: {}, path, 3, controls=24)
 
 
 def test_expected_overlap_by_simulation():
@@ -345,66 +437,88 @@ def test_expected_overlap_by_simulation():
     drawn = [random_like(a, layout, i) for i in range(3000)]
     for row, part in zip(overlap(a, b, layout), (slice(0, 20), slice(20, 32), slice(0, 32))):
         simulated = np.array([(d & b)[part].sum().item()/(d | b)[part].sum().item() for d in drawn])
-        assert row["expected"] == pytest.approx(simulated.mean(), abs=.006) and row["p"] == pytest.approx((simulated >= row["jaccard"] - 1e-12).mean(), abs=.03)
+        assert row["expected"] == pytest.approx(simulated.mean(), abs=.006)
+        assert row["p"] == pytest.approx((simulated >= row["jaccard"] - 1e-12).mean(), abs=.03)
         assert ((row["low"] <= simulated) & (simulated <= row["high"])).mean() >= .94
     assert overlap(a, a, layout)[-1]["jaccard"] == 1 and overlap(a, ~a, layout)[-1]["jaccard"] == 0
-    assert all(np.isfinite(list(r.values())[1:]).all() for r in overlap(a & False, a & False, layout))
+    assert all(np.isfinite(list(r.values())[1:]).all()
+               for r in overlap(a & False, a & False, layout))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.sampled_from([0, .1, .5, .95, 1]), st.sampled_from([.05, .5, 1]), st.integers(0, 10**6))
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.sampled_from([0, .1, .5, .95, 1]),
+       st.sampled_from([.05, .5, 1]), st.integers(0, 10**6))
 def test_overlap_equals_its_definition(sizes, first, second, seed):
-    layout, g = Layout(tuple(map(str, range(len(sizes)))), tuple((1, n) for n in sizes), "kernel"), torch.Generator().manual_seed(seed)
+    layout = Layout(tuple(map(str, range(len(sizes)))), tuple((1, n) for n in sizes), "kernel")
+    g = torch.Generator().manual_seed(seed)
     a, b = (torch.rand(len(layout), generator=g) < keep for keep in (first, second))
     every, found = np.ones(1), overlap(a, b, layout)
     for i, (x, y) in enumerate([*zip(a.split(sizes), b.split(sizes)), (a, b)]):
-        pmf = stats.hypergeom(len(x), int(x.sum()), int(y.sum())).pmf(np.arange(int(x.sum()) + 1)) if i < len(sizes) else every
+        pmf = (stats.hypergeom(len(x), int(x.sum()), int(y.sum())).pmf(np.arange(int(x.sum()) + 1))
+               if i < len(sizes) else every)
         if i < len(sizes): every = np.convolve(every, pmf)
         shared, both = np.arange(len(pmf)), int((x & y).sum())
         jaccard = shared/np.maximum(1, int(x.sum() + y.sum()) - shared)
-        assert found[i]["jaccard"] == both/max(1, int((x | y).sum())) and found[i]["expected"] == pytest.approx(jaccard @ pmf, rel=1e-9)
+        assert found[i]["jaccard"] == both/max(1, int((x | y).sum()))
+        assert found[i]["expected"] == pytest.approx(jaccard @ pmf, rel=1e-9)
         assert found[i]["p"] == pytest.approx(pmf[both:].sum(), rel=1e-9)
         for end, q in (("low", .025), ("high", .975)):
-            near = [jaccard[min(np.searchsorted(pmf.cumsum(), q + e), len(pmf) - 1)] for e in (-1e-9, 1e-9)]
+            near = [jaccard[min(np.searchsorted(pmf.cumsum(), q + e), len(pmf) - 1)]
+                    for e in (-1e-9, 1e-9)]
             assert near[0] <= found[i][end] <= near[1]
 
 
 def test_matched_masks_keep_layers_and_scores():
     layout, g = Layout(("a", "b"), ((10, 10), (1, 50)), "kernel"), torch.Generator().manual_seed(0)
     scores, mask = torch.rand(150, generator=g), torch.rand(150, generator=g) < .3
-    new = matched(mask, layout, scores, 1)
-    assert not torch.equal(new, mask) and [int(p.sum()) for p in new.split(layout.sizes)] == [int(p.sum()) for p in mask.split(layout.sizes)]
-    assert torch.equal(matched(mask, layout, scores, bins=150), mask) and abs(scores[new].mean() - scores[mask].mean()) < .03
+    new = matched_mask(mask, layout, scores, 1)
+    assert not torch.equal(new, mask)
+    assert ([int(p.sum()) for p in new.split(layout.sizes)]
+            == [int(p.sum()) for p in mask.split(layout.sizes)])
+    assert torch.equal(matched_mask(mask, layout, scores, bins=150), mask)
+    assert abs(scores[new].mean() - scores[mask].mean()) < .03
     with pytest.raises(ValueError, match="no pairs of the kind 'x'"): overlaps({"x": []}, layout)
 
 
 def test_removing_shared_entries_or_sparing_them(path):
     layout, (own, other, background) = Layout.of(path, 3), groups(path)
     every = torch.ones(len(layout), dtype=torch.bool)
-    spared = cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other), background)
+    spared = cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other),
+                            background)
     np.testing.assert_allclose(spared, 1, atol=1e-5)
-    np.testing.assert_allclose(cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other), background, alone=False), 0, atol=1e-5)
-    with pytest.raises(ValueError, match="answers to 'a' as to the background"): cross_ablation(path, 3, dict(a=every), layout, dict(a=background), background)
+    np.testing.assert_allclose(cross_ablation(path, 3, dict(a=every, b=every), layout,
+                                              dict(a=own, b=other), background, alone=False), 0,
+                               atol=1e-5)
+    with pytest.raises(ValueError, match="answers to 'a' as to the background"):
+        cross_ablation(path, 3, dict(a=every), layout, dict(a=background), background)
 
 
 def test_the_skeleton_of_a_small_circuit_is_the_circuit(path):
     layout, x = Layout.of(path, 3), crops(path, 4)
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .6
     bones = skeleton(path, 3, mask, layout, x, nodes=100, edges=100)
-    alive = effective(mask, layout)
+    alive = effective_mask(mask, layout)
     assert len(bones.edges) <= alive.sum() and bones.share == pytest.approx(1, abs=1e-4)
-    for layer, reader, read, _ in bones.edges: assert layout.views(mask)[layout.names[layer]][0 if layer == len(layout.names) - 1 else bones.nodes[layer + 1][reader], bones.nodes[layer][read]]
+    for layer, reader, read, _ in bones.edges:
+        assert layout.views(mask)[layout.names[layer]][0 if layer == len(layout.names) - 1
+                                                       else bones.nodes[layer + 1][reader],
+                                                       bones.nodes[layer][read]]
     assert all(len(n) <= 2 for n in skeleton(path, 3, mask, layout, x, nodes=2).nodes)
-    with pytest.raises(ValueError, match="nothing to draw"): skeleton(path, 3, mask & False, layout, x)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        skeleton(path, 3, mask & False, layout, x)
 
 
-@pytest.mark.parametrize("change", [dict(per="pixel"), dict(unit=7), dict(names=5), dict(shapes=[[-1, 2]]*3), dict(settings="rm"), dict(unit="features.6:999"), dict(unit="features.3:0"), dict(shapes=[[10**9, 10**9]]*3)])
+@pytest.mark.parametrize("change", [dict(per="pixel"), dict(unit=7), dict(names=5),
+                                    dict(shapes=[[-1, 2]]*3), dict(settings="rm"),
+                                    dict(unit="features.6:999"), dict(unit="features.3:0"),
+                                    dict(shapes=[[10**9, 10**9]]*3)])
 def test_hostile_files_are_refused(net, path, tmp_path, change):
     from safetensors import safe_open
     from safetensors.torch import save_file
     layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
     Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
-    with safe_open(file, "pt") as f: about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
+    with safe_open(file, "pt") as f:
+        about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
     save_file({"mask": bits}, file, metadata={"circuit": json.dumps(about | change)})
     with pytest.raises(ValueError): Circuit.load(file, net)
     for wrong in (bits[:-1], bits.float()):

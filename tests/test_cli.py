@@ -82,7 +82,8 @@ def said(capsys):
 @pytest.fixture(scope="module")
 def state(place):
     torch.manual_seed(1)
-    return {"0.weight": torch.randn(8, 3, 5, 5), "0.bias": torch.zeros(8), "2.weight": torch.randn(12, 8, 3, 3), "2.bias": torch.zeros(12),
+    return {"0.weight": torch.randn(8, 3, 5, 5), "0.bias": torch.zeros(8),
+            "2.weight": torch.randn(12, 8, 3, 3), "2.bias": torch.zeros(12),
             "4.weight": torch.randn(4, 12, 3, 3), "4.bias": torch.zeros(4)}
 
 
@@ -94,14 +95,16 @@ def test_overview(said):
     assert code == 0 and not err and all(f"  {name}" in out for name in cli._commands())
     assert said("") == (0, out, "")
     assert said("--version") == (0, f"{__version__}\n", "")
-    assert said("studies") == said("studies --help") and "superpos studies show two_circuits" in said("studies")[1]
+    assert said("studies") == said("studies --help")
+    assert "superpos studies show two_circuits" in said("studies")[1]
 
 
 @pytest.mark.parametrize("name", cli._commands())
 def test_help_teaches_by_example(said, name):
     code, out, _ = said(f"{name} --help")
     before, _, options = out.partition("\noptions:")
-    examples = [line.strip() for line in before.splitlines()[1:] if re.match(r"\s+(\w+=\S+ )?superpos ", line)]
+    examples = [line.strip() for line in before.splitlines()[1:]
+                if re.match(r"\s+(\w+=\S+ )?superpos ", line)]
     assert code == 0 and any(f"superpos {name}" in e for e in examples)
     assert "--json" in options and "fields" not in out and "(default: )" not in out
     for example in examples:                       # every example is understood as it stands
@@ -115,12 +118,15 @@ def test_every_field_of_a_plan_is_an_option():
     given = vars(parser.parse_args(["--images", "digits"]))
     plan = {k: v for k, v in given.items() if k in Plan.__dataclass_fields__}
     assert Plan(**plan) == Plan()
-    assert vars(parser.parse_args(["--images", "digits", "--no-flip", "--dims", "3"]))["flip"] is False
+    assert vars(parser.parse_args(["--images", "digits", "--no-flip", "--dims", "3"]))[
+        "flip"] is False
 
 
 @pytest.mark.parametrize("line,words", [
-    ("disect --layer 4", "'disect'; there is dissect"), ("studies lst", "there is studies list"), ("dissect --layer 4", "--model, --images"),
-    ("dissect --model a --layer b --images c --colour red", "--colour"), ("circuit", "--unit"), ("toy --n many", "'many'"), ("studies show", "study"), ("label", "--images")])
+    ("disect --layer 4", "'disect'; there is dissect"), ("studies lst", "there is studies list"),
+    ("dissect --layer 4", "--model, --images"),
+    ("dissect --model a --layer b --images c --colour red", "--colour"), ("circuit", "--unit"),
+    ("toy --n many", "'many'"), ("studies show", "study"), ("label", "--images")])
 def test_usage_errors_are_2(said, line, words):
     code, out, err = said(line)
     assert code == 2 and words in err and "Traceback" not in err
@@ -130,29 +136,40 @@ def test_usage_errors_are_2(said, line, words):
 
 
 wrong = [
-    ("dissect --model nowhere:build --layer 4 --images photos", "--model nowhere:build", "nowhere.py"),
+    ("dissect --model nowhere:build --layer 4 --images photos", "--model nowhere:build",
+     "nowhere.py"),
     ("dissect --model tiny:biuld --layer 4 --images photos", "'biuld'", "there is build"),
     ("dissect --model tiny:words --layer 4 --images photos", "str", "torch.nn.Module"),
-    ("dissect --model tiny:broken --layer 4 --images photos", "--model tiny:broken", "OSError: the disk is gone"),
+    ("dissect --model tiny:broken --layer 4 --images photos", "--model tiny:broken",
+     "OSError: the disk is gone"),
     ("dissect --model tiny --layer 4 --images photos", "--model tiny", "module:function"),
-    ("dissect --model tiny.build --layer 4 --images photos", "--model tiny.build", "module:function"),
+    ("dissect --model tiny.build --layer 4 --images photos", "--model tiny.build",
+     "module:function"),
     ("dissect --model alexnett --layer 4 --images photos", "'alexnett'", "alexnet"),
     ("dissect --model tiny:build --layer conv4 --images photos", "'conv4'", "nearest names are"),
-    ("dissect --model tiny:build --layer 4 --images nophotos", "--images nophotos", "folder of images"),
+    ("dissect --model tiny:build --layer 4 --images nophotos", "--images nophotos",
+     "folder of images"),
     ("dissect --model tiny:build --layer 4 --images empty", "no images in it", ".png"),
     ("dissect --model tiny:build --layer 4 --images mixed", "2 sizes", "--size"),
     ("dissect --model tiny:build --layer 4 --images few", "3 images", "at least 16"),
     ("dissect --model tiny:build --layer 4 --images photos --units 3,9", "got 9", "0..3"),
     ("dissect --model tiny:build --layer 4 --images photos --units a-b", "--units a-b", "0,5,7-9"),
-    ("dissect --model tiny:build --layer 4 --images photos --prepare grey", "--prepare grey", "imagenet"),
+    ("dissect --model tiny:build --layer 4 --images photos --prepare grey", "--prepare grey",
+     "imagenet"),
     ("dissect --model tiny:build --layer 4 --images photos --nulls 3", "level", "1/(nulls + 1)"),
     ("dissect --model tiny:build --layer 4 --images photos --at edge", "edge", "centre"),
-    ("dissect --model tiny:build --weights none.safetensors --layer 4 --images photos", "none.safetensors", "no such file"),
-    ("dissect --model tiny:build --weights cut.safetensors --layer 4 --images photos", "cut.safetensors", "plain weights"),
-    ("dissect --model tiny:build --weights text.pth --layer 4 --images photos", "text.pth", "plain weights"),
-    ("dissect --model tiny:build --weights evil.pth --layer 4 --images photos", "evil.pth", "nothing else is loaded"),
-    ("dissect --model tiny:build --weights other.safetensors --layer 4 --images photos", "other.safetensors", "does not fit"),
-    ("dissect --model tiny:build --weights nan.safetensors --layer 4 --images photos", "nan.safetensors", "not finite"),
+    ("dissect --model tiny:build --weights none.safetensors --layer 4 --images photos",
+     "none.safetensors", "no such file"),
+    ("dissect --model tiny:build --weights cut.safetensors --layer 4 --images photos",
+     "cut.safetensors", "plain weights"),
+    ("dissect --model tiny:build --weights text.pth --layer 4 --images photos", "text.pth",
+     "plain weights"),
+    ("dissect --model tiny:build --weights evil.pth --layer 4 --images photos", "evil.pth",
+     "nothing else is loaded"),
+    ("dissect --model tiny:build --weights other.safetensors --layer 4 --images photos",
+     "other.safetensors", "does not fit"),
+    ("dissect --model tiny:build --weights nan.safetensors --layer 4 --images photos",
+     "nan.safetensors", "not finite"),
     ("circuit --unit 4:0", "--model", "--dissection"),
     ("circuit --unit 4:0 --model tiny:build", "--own 0", "--dissection"),
     ("circuit --unit 4:0 --dissection photos", "--dissection photos", "superpos dissect"),
@@ -160,16 +177,23 @@ wrong = [
     (f"circuit --unit 4:7 --model tiny:build {folders}", "got 7", "0..3"),
     (f"circuit --unit 4:0 --model tiny:build {folders} --keep 2", "got 2", "fraction"),
     (f"circuit --unit 4:0 --model tiny:build {folders} --method guess", "--method guess", "snip"),
-    ("circuit --unit 4:0 --model tiny:build --own few --other photos/blue --background photos/green", "--own", "at least 5"),
-    ("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/blue", "--background", "folder of images"),
-    (f"circuit --unit 4:0 --model tiny:build {folders} --controls -1", "--controls -1", "0 for none"),
+    ("circuit --unit 4:0 --model tiny:build --own few --other photos/blue --background "
+     "photos/green", "--own", "at least 5"),
+    ("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/blue", "--background",
+     "folder of images"),
+    (f"circuit --unit 4:0 --model tiny:build {folders} --controls -1", "--controls -1",
+     "0 for none"),
     (f"sparsify --unit 4:0 --model tiny:build {folders} --keeps some", "--keeps some", "0.01"),
     (f"sparsify --unit 4:0 --model tiny:build {folders} --seeds 0", "--seeds 0", "at least one"),
     ("label --images digits", "50,000", "lower first, ask or loops"),
-    ("label --images digits --strategy best --first 9 --ask 9 --loops 2", "'best'", "least_confidence"),
+    ("label --images digits --strategy best --first 9 --ask 9 --loops 2", "'best'",
+     "least_confidence"),
     ("toy --density 2", "density", "(0, 1]"), ("toy --kind cube", "'cube'", "relu_output"),
-    ("studies list", "no saved results", "SUPERPOS_RESULTS"), ("studies show nothing", "'nothing'", "studies list"), ("studies run 39_two_circuits", "not inside a copy", "project"),
-    ("data fetch imagenet", "'imagenet'", "https://image-net.org"), ("data fetch mnist", "'mnist'", "cifar10")]
+    ("studies list", "no saved results", "SUPERPOS_RESULTS"),
+    ("studies show nothing", "'nothing'", "studies list"), ("studies run 39_two_circuits",
+                                                            "not inside a copy", "project"),
+    ("data fetch imagenet", "'imagenet'", "https://image-net.org"),
+    ("data fetch mnist", "'mnist'", "cifar10")]
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +209,12 @@ def rubbish(place, state):
     (place/"empty").mkdir()
     for n, name in enumerate(("mixed", "few")):
         (place/name).mkdir()
-        for i in range(3): Image.new("RGB", (32, 32 + 4*(i == 2 and n == 0))).save(place/name/f"{i}.png")
+        for i in range(3):
+            Image.new("RGB", (32, 32 + 4*(i == 2 and n == 0))).save(place/name/f"{i}.png")
 
 
-@pytest.mark.parametrize("line,value,fix", wrong, ids=[f"{line.split()[0]}-{value}" for line, value, _ in wrong])
+@pytest.mark.parametrize("line,value,fix", wrong, ids=[f"{line.split()[0]}-{value}"
+                                                       for line, value, _ in wrong])
 def test_one_sentence_names_the_value_and_the_fix(said, rubbish, place, line, value, fix):
     code, out, err = said(line)
     assert code == 1 and not out
@@ -202,18 +228,21 @@ def test_an_error_that_nobody_foresaw(said, monkeypatch):
     monkeypatch.setattr(cli, "do_toy", do_toy)
     do_toy.__doc__ = cli.do_info.__doc__
     code, _, err = said("toy")
-    assert code == 1 and err == "superpos toy: KeyError: 'nowhere'; --debug shows where it comes from\n"
+    assert code == 1
+    assert err == "superpos toy: KeyError: 'nowhere'; --debug shows where it comes from\n"
     with pytest.raises(KeyError): main(["toy", "--debug"])
 
 
 def test_without_a_network_fetch_says_what_to_put_where(said, monkeypatch, place):
     import requests
+
     from superpos import data
     def refuse(*given, **more): raise requests.ConnectionError("no route to host")
     monkeypatch.setattr(requests, "get", refuse)
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     code, out, err = said("data fetch cifar10 --root sets")
-    assert code == 1 and "cifar-10-python.tar.gz" in err and str(Path("sets")/"cifar-10-batches-py") in err and "Traceback" not in err
+    assert code == 1 and "cifar-10-python.tar.gz" in err
+    assert str(Path("sets")/"cifar-10-batches-py") in err and "Traceback" not in err
 
 
 # ---- what commands write
@@ -223,9 +252,11 @@ def check_report(path):
     "A page that holds all it shows."
     text = Path(path).read_text()
     soup = BeautifulSoup(text, "html.parser")
-    assert soup.find("html")["lang"] == "en" and soup.title.text and soup.h1 and not soup.find_all(["script", "link", "iframe"])
+    assert soup.find("html")["lang"] == "en" and soup.title.text and soup.h1
+    assert not soup.find_all(["script", "link", "iframe"])
     images = soup.find_all("img")
-    assert images and all(t["src"].startswith("data:image/png;base64,") and len(t["alt"]) > 15 for t in images)
+    assert images
+    assert all(t["src"].startswith("data:image/png;base64,") and len(t["alt"]) > 15 for t in images)
     assert not re.search(r"https?://", text) and "prefers-color-scheme: dark" in text
     return soup
 
@@ -241,9 +272,12 @@ def dissected(place):
 
 def test_dissect_writes_a_folder(said, dissected):
     table = pd.read_csv(dissected/"units.csv")
-    assert sorted(table.unit if "unit" in table else [int(n[2:]) for n in table.name]) == [0, 1, 2, 3] and {"groups", "score", "q"} <= {*table}
+    assert (sorted(table.unit if "unit" in table else [int(n[2:]) for n in table.name])
+            == [0, 1, 2, 3])
+    assert {"groups", "score", "q"} <= {*table}
     images = pd.read_csv(dissected/"images.csv")
-    assert len(images) == 160 and all(Path(f).parent.name == label for f, label in zip(images.file, images.label))
+    assert len(images) == 160
+    assert all(Path(f).parent.name == label for f, label in zip(images.file, images.label))
     assert "4:0" in check_report(dissected/"report.html").text
     assert {p.suffix for p in (dissected/"figures").iterdir()} == {".png"}
 
@@ -251,14 +285,18 @@ def test_dissect_writes_a_folder(said, dissected):
 def test_json(said, dissected):
     code, out, err = said(f"{dissect} --out dissection --json")
     found = json.loads(out, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-    assert code == 0 and found["units"] == 4 and found["images"] == 160 and len(found["table"]) == 4 and found["report"].endswith("report.html")
+    assert code == 0 and found["units"] == 4 and found["images"] == 160
+    assert len(found["table"]) == 4 and found["report"].endswith("report.html")
 
 
 def test_a_network_in_training_mode_and_other_weights_and_inputs(said, place, state, capsys):
     save_file(state, place/"w.safetensors")
     torch.save(state, place/"w.pth")
-    tables = [json.loads(said(f"{dissect} --units 0,2-3 --out {out} --json {more}")[1])["table"] for out, more in (
-        ("a", ""), ("b", "--weights w.safetensors"), ("c", "--weights w.pth"), ("d", "--weights w.pth --prepare tiny:halves"), ("e", "--prepare plain --size 28"))]
+    tables = [json.loads(said(f"{dissect} --units 0,2-3 --out {out} --json {more}")[1])["table"]
+              for out, more in (
+        ("a", ""), ("b", "--weights w.safetensors"), ("c", "--weights w.pth"),
+                  ("d", "--weights w.pth --prepare tiny:halves"),
+                  ("e", "--prepare plain --size 28"))]
     assert [len(t) for t in tables] == [3]*5
     assert tables[1] == tables[2] and tables[0] != tables[1]
 
@@ -271,31 +309,42 @@ def test_another_dissection_is_not_taken_for_this_one(said, dissected):
 @pytest.mark.parametrize("method", ["learned", "snip", "magnitude", "force"])
 def test_circuit_writes_a_folder(said, place, method):
     out = f"circuit-{method}"
-    code, printed, _ = said(f"circuit --unit 4:1 --model tiny:build {folders} --keep 0.3 --steps 12 --controls 2 --method {method} --out {out} --json")
+    code, printed, _ = said(f"circuit --unit 4:1 --model tiny:build {folders} --keep 0.3 --steps "
+                            f"12 --controls 2 --method {method} --out {out} --json")
     found = json.loads(printed)
-    assert code == 0 and found["groups"] == ["red", "blue"] and abs(found["keep"] - .3) < .01 and len(found["controls"]) == 2 and 1 not in found["controls"]
+    assert code == 0 and found["groups"] == ["red", "blue"]
+    assert abs(found["keep"] - .3) < .01 and len(found["controls"]) == 2
+    assert 1 not in found["controls"]
     check_report(place/out/"report.html")
     cards = pd.read_csv(place/out/"cards.csv")
-    assert {"whole network", "circuit", "circuit, mean", "complement", "random"} <= {*cards.test} and {*cards.group} == {"red", "blue"}
+    assert {"whole network", "circuit", "circuit, mean", "complement", "random"} <= {*cards.test}
+    assert {*cards.group} == {"red", "blue"}
     module = cli._network("tiny:build", "")
     kept = Circuit.load(place/out/"red.safetensors", module)
-    assert str(kept.unit) == "4:1" and kept.method == method and kept.cluster == "red" and abs(kept.keep - .3) < .01
+    assert str(kept.unit) == "4:1" and kept.method == method
+    assert kept.cluster == "red" and abs(kept.keep - .3) < .01
     assert 0 <= found["jaccard"] <= 1
 
 
 def test_circuit_where_branches_join(said, place):
-    assert said(f"circuit --unit c:1 --model tiny:skip {folders} --keep 0.5 --steps 6 --controls 1 --out skipped")[0] == 0
-    assert {*pd.read_csv(place/"skipped"/"cards.csv").test} == {"whole network", "circuit", "complement", "random"}
+    assert said(f"circuit --unit c:1 --model tiny:skip {folders} --keep 0.5 --steps 6 --controls 1 "
+                "--out skipped")[0] == 0
+    assert ({*pd.read_csv(place/"skipped"/"cards.csv").test}
+            == {"whole network", "circuit", "complement", "random"})
     assert "There is no diagram" in check_report(place/"skipped"/"report.html").text
 
 
 def test_circuit_of_a_dissection(said, dissected, place):
-    rows = json.loads(said(dissect.replace("--nulls 19", "--nulls 9") + " --level 0.99 --out lenient --json")[1])["table"]
+    rows = json.loads(said(dissect.replace("--nulls 19", "--nulls 9") + " --level 0.99 --out "
+                           "lenient --json")[1])["table"]
     unit = next(row["name"] for row in rows if row["groups"] > 1)
-    code, out, _ = said(f"circuit --unit {unit} --dissection lenient --keep 0.3 --steps 10 --controls 0 --out of-groups --json")
-    assert code == 0 and json.loads(out)["groups"] == ["group 0", "group 1"] and json.loads(out)["control_units"] == []
+    code, out, _ = said(f"circuit --unit {unit} --dissection lenient --keep 0.3 --steps 10 "
+                        "--controls 0 --out of-groups --json")
+    assert code == 0 and json.loads(out)["groups"] == ["group 0", "group 1"]
+    assert json.loads(out)["control_units"] == []
     assert "no evidence by itself" in (place/"of-groups"/"report.html").read_text()
-    code, _, err = said("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/red --background photos/green")
+    code, _, err = said("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/red "
+                        "--background photos/green")
     assert code == 1 and "must not overlap" in err
     table = pd.read_csv(dissected/"units.csv")
     one = table[table.groups == 1].name.iloc[0]
@@ -311,10 +360,12 @@ def test_sparsify_writes_a_folder(said, place):
     line = f"sparsify --unit 4:1 --model tiny:build {folders} --keeps 0.2,0.5 --seeds 2 --steps 10 --json"
     code, out, _ = said(line)
     table = pd.read_csv(place/"frontier"/"frontier.csv")
-    assert code == 0 and len(table) == 4 and {*table.keep} == {.2, .5} and table.auroc_other.between(0, 1).all()
+    assert code == 0 and len(table) == 4 and {*table.keep} == {.2, .5}
+    assert table.auroc_other.between(0, 1).all()
     check_report(place/"frontier"/"report.html")
     before = [p.stat().st_mtime_ns for p in sorted((place/"frontier"/"state").iterdir())]
-    assert said(line)[1] == out and [p.stat().st_mtime_ns for p in sorted((place/"frontier"/"state").iterdir())] == before
+    assert said(line)[1] == out
+    assert [p.stat().st_mtime_ns for p in sorted((place/"frontier"/"state").iterdir())] == before
 
 
 def test_label_writes_a_folder_and_goes_on(said, place):
@@ -330,7 +381,8 @@ def test_label_writes_a_folder_and_goes_on(said, place):
 def test_toy_writes_a_folder(said, place):
     code, out, _ = said("toy --density 1,0.1 --steps 600 --json")
     assert code == 0 and [row["represented"] for row in json.loads(out)["table"]] == [2, 5]
-    assert len(pd.read_csv(place/"toy"/"features.csv")) == 10 and Toy.load(place/"toy"/"toy.safetensors").n == 5
+    assert len(pd.read_csv(place/"toy"/"features.csv")) == 10
+    assert Toy.load(place/"toy"/"toy.safetensors").n == 5
     check_report(place/"toy"/"report.html")
     assert said("toy --n 6 --m 3 --steps 50 --out three")[0] == 0
 
@@ -344,10 +396,13 @@ def project(tmp_path, monkeypatch):
     (tmp_path/"nbs").mkdir()
     (tmp_path/"settings.ini").write_text("[DEFAULT]\n")
     def page(*sources):
-        cells = [dict(cell_type="code", id=f"c{n}", metadata={}, execution_count=None, outputs=[], source=[s]) for n, s in enumerate(sources)]
-        (tmp_path/"nbs"/"10_sums.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+        cells = [dict(cell_type="code", id=f"c{n}", metadata={}, execution_count=None, outputs=[],
+                      source=[s]) for n, s in enumerate(sources)]
+        (tmp_path/"nbs"/"10_sums.ipynb").write_text(
+            json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
     monkeypatch.chdir(tmp_path)
-    page("from pathlib import Path\nfrom superpos.core import cached", '#| slow\nassert not Path("stop").exists(), "stopped"\ncached(\'sum\', lambda a, b: a + b, a=1, b=2)',
+    page("from pathlib import Path\nfrom superpos.core import cached", '#| slow\nassert not '
+         'Path("stop").exists(), "stopped"\ncached(\'sum\', lambda a, b: a + b, a=1, b=2)',
          '#| gpu\nopen("gpu", "w").close()')
     return tmp_path
 
@@ -356,16 +411,20 @@ def test_studies_run_show_and_resume(said, project):
     page = (project/"nbs"/"10_sums.ipynb").read_bytes()
     (project/"nbs"/"stop").touch()
     code, _, err = said("studies run sums")
-    assert code == 1 and "AssertionError: stopped" in err and err.splitlines()[-1].startswith("superpos studies run: 10_sums did not finish")
+    assert code == 1 and "AssertionError: stopped" in err
+    assert err.splitlines()[-1].startswith("superpos studies run: 10_sums did not finish")
     (project/"nbs"/"stop").unlink()
     assert json.loads(said("studies resume --json")[1]) == dict(finished=1, pages="10_sums")
     assert json.loads(said("studies resume --json")[1])["finished"] == 0
     code, out, _ = said("studies list --json")
-    assert json.loads(out)["table"][0]["study"] == "sum" and json.loads(out)["table"][0]["page"] == "10_sums"
+    assert json.loads(out)["table"][0]["study"] == "sum"
+    assert json.loads(out)["table"][0]["page"] == "10_sums"
     (file, shown), = json.loads(said("studies show 10_sums --json")[1]).items()
-    assert file.startswith("sum-") and shown["params"] == dict(a=1, b=2) and {"seconds", "date", "device", "torch"} <= {*shown["provenance"]}
+    assert file.startswith("sum-") and shown["params"] == dict(a=1, b=2)
+    assert {"seconds", "date", "device", "torch"} <= {*shown["provenance"]}
     assert "a                 1" in said("studies show sum")[1]
-    assert (project/"nbs"/"10_sums.ipynb").read_bytes() == page and [p.name for p in (project/"nbs").glob("*.ipynb")] == ["10_sums.ipynb"]
+    assert (project/"nbs"/"10_sums.ipynb").read_bytes() == page
+    assert [p.name for p in (project/"nbs").glob("*.ipynb")] == ["10_sums.ipynb"]
     assert (project/"nbs"/"gpu").exists() == torch.cuda.is_available()
     assert "nearest names are" in said("studies run sns")[2]
 
@@ -383,7 +442,8 @@ def test_data(said, tmp_path, monkeypatch, state):
 
 def test_info(said):
     found = json.loads(said("info --json")[1])
-    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0] and set(found["data"]) == set(cli._sets) and found["machine"]["threads"] >= 1
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(found["data"]) == set(cli._sets) and found["machine"]["threads"] >= 1
 
 
 def test_a_reader_who_has_read_enough():
@@ -402,15 +462,21 @@ def test_what_pages_need():
 
 def superpos(line, **how):
     env = os.environ | dict(PYTHONPATH=str(Path(cli.__file__).parent.parent), OMP_NUM_THREADS="1")
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)          # what runs in the background of a shell ignores Ctrl-C
-    return subprocess.Popen([sys.executable, "-m", "superpos.cli", *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=heard, **how)
+    # what runs in the background of a shell ignores Ctrl-C
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-m", "superpos.cli", *line.split()],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+                            preexec_fn=heard, **how)
 
 
 def test_interrupted_dissection_goes_on(said, place):
-    line, rows = "dissect --model large:build --layer 4 --images photos --k 40 --nulls 99 --units 0-15 --show 0 --out stopped", place/"stopped"/"state"/"units.jsonl"
+    line = "dissect --model large:build --layer 4 --images photos --k 40 --nulls 99 --units 0-15 --show 0 --out stopped"
+    rows = place/"stopped"/"state"/"units.jsonl"
     running = superpos(line)
     until = time.monotonic() + 300
-    while running.poll() is None and time.monotonic() < until and not (rows.exists() and rows.read_text().count("\n") > 1): time.sleep(.005)
+    while (running.poll() is None and time.monotonic() < until
+           and not (rows.exists() and rows.read_text().count("\n") > 1)):
+        time.sleep(.005)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=120)
     assert running.returncode == 130 and not out and "Traceback" not in err
@@ -419,13 +485,16 @@ def test_interrupted_dissection_goes_on(said, place):
     assert 1 <= done < 16
     assert err == f"superpos dissect: stopped; {Path('stopped')/'state'} keeps what was finished ({done} units); the same command goes on from there\n"
     assert said(line)[0] == 0
-    assert rows.read_text().splitlines()[:done + 1] == kept and len(pd.read_csv(place/"stopped"/"units.csv")) == 16
+    assert rows.read_text().splitlines()[:done + 1] == kept
+    assert len(pd.read_csv(place/"stopped"/"units.csv")) == 16
 
 
 def test_interrupted_with_nothing_to_keep(said, monkeypatch):
     def stop(*given): raise KeyboardInterrupt
     monkeypatch.setattr(cli, "_network", stop)
     code, out, err = said(f"{dissect} --out fresh")
-    assert code == 130 and err == "superpos dissect: stopped; nothing was finished yet, so the same command starts afresh\n"
+    assert code == 130
+    assert err == "superpos dissect: stopped; nothing was finished yet, so the same command starts afresh\n"
     monkeypatch.setattr(cli, "_parser", stop)
-    assert said("label --images digits") == (130, "", "superpos label: stopped; nothing was begun\n")
+    assert (said("label --images digits") == (130, "", "superpos label: stopped; nothing was "
+                                              "begun\n"))

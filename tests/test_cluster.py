@@ -2,22 +2,36 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from superpos.cluster import _one_cloud, _principal, _two_means, attributions, correct, exemplars, find_groups, split, telling, test_groups as groups_test
-from superpos.model import ResNet8, SmallAlexNet, imagenet_input, outputs
+from superpos.cluster import (
+    _one_cloud,
+    _principal,
+    _two_means,
+    attributions,
+    benjamini_hochberg,
+    enriched_classes,
+    exemplars,
+    find_groups,
+    hdbscan_groups,
+)
+from superpos.cluster import test_groups as groups_test
+from superpos.model import ResNet8, SmallAlexNet, imagenet_input, layer_outputs
 
 
-def cloud(seed, n=80, d=40): return np.random.default_rng(seed).normal(size=(n, d))/np.arange(1, d + 1)**.5
+def cloud(seed, n=80, d=40):
+    return np.random.default_rng(seed).normal(size=(n, d))/np.arange(1, d + 1)**.5
 
 
 def apart(seed, counts, distance=6., d=40):
     rng, member = np.random.default_rng(seed), np.repeat(range(len(counts)), counts)
-    return cloud(seed, len(member), d) + distance*rng.normal(size=(len(counts), d))[member]/d**.5, member
+    return (cloud(seed, len(member), d) + distance*rng.normal(size=(len(counts), d))[member]/d**.5,
+            member)
 
 
 @settings(max_examples=25, deadline=None)
@@ -34,7 +48,8 @@ def test_the_best_cut_is_as_good_as_kmeans(seed, dims, distance):
 def test_a_stack_is_cut_like_each_alone():
     Z = np.stack([_principal(apart(s, (40, 40), 3.)[0], 5) for s in range(6)])
     together = _two_means(Z)[0]
-    for z, side in zip(Z, together): assert abs(adjusted_rand_score(_two_means(z[None])[0][0], side)) > .95
+    for z, side in zip(Z, together):
+        assert abs(adjusted_rand_score(_two_means(z[None])[0][0], side)) > .95
 
 
 def test_principal_components_are_those_of_scikit_learn():
@@ -50,7 +65,8 @@ def test_the_null_has_the_covariance_of_the_data():
 
 
 def test_p_values_under_the_null_are_uniform_or_larger():
-    p = [groups_test(np.random.default_rng(s).normal(size=(60, 5))*[3, 2, 1, 1, 1], nulls=39, boots=0, seed=s).p for s in range(120)]
+    p = [groups_test(np.random.default_rng(s).normal(size=(60, 5))*[3, 2, 1, 1, 1], nulls=39,
+                     boots=0, seed=s).p for s in range(120)]
     assert stats.binomtest(sum(v <= .05 for v in p), len(p), .05, "greater").pvalue > .01
     assert stats.binomtest(sum(v <= .5 for v in p), len(p), .5, "greater").pvalue > .01
 
@@ -58,22 +74,27 @@ def test_p_values_under_the_null_are_uniform_or_larger():
 def test_same_seed_same_answer():
     X, _ = apart(0, (50, 30), 4.)
     one, two = (groups_test(X, nulls=39, seed=3) for _ in "12")
-    assert (one.p, one.dip, one.stability) == (two.p, two.dip, two.stability) and (one.null == two.null).all()
+    assert (one.p, one.dip, one.stability) == (two.p, two.dip, two.stability)
+    assert (one.null == two.null).all()
 
 
 def test_order_and_rotation_do_not_matter():
     X, member = apart(2, (50, 30), 5.)
-    order, turn = np.random.default_rng(0).permutation(80), np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0]
+    order = np.random.default_rng(0).permutation(80)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0]
     plain, moved = groups_test(X, nulls=39), groups_test((X @ turn + 3)[order], nulls=39)
-    assert abs(plain.dip - moved.dip) < 1e-9 and adjusted_rand_score(plain.labels[order], moved.labels) == 1
-    assert adjusted_rand_score(member, plain.labels) == 1 and (plain.labels == 0).sum() == 50 and plain.stability > .95
+    assert abs(plain.dip - moved.dip) < 1e-9
+    assert adjusted_rand_score(plain.labels[order], moved.labels) == 1
+    assert adjusted_rand_score(member, plain.labels) == 1
+    assert (plain.labels == 0).sum() == 50 and plain.stability > .95
 
 
 def test_the_share_of_variance_is_the_r2_of_an_analysis_of_variance():
     X, member = apart(4, (50, 30), 6.)
     within = sum(((X[member == g] - X[member == g].mean(0))**2).sum() for g in (0, 1))
     found = find_groups(X, nulls=39)
-    assert found.share == pytest.approx(1 - within/((X - X.mean(0))**2).sum()) == pytest.approx(groups_test(X, nulls=39).share)
+    assert (found.share == pytest.approx(1 - within/((X - X.mean(0))**2).sum())
+            == pytest.approx(groups_test(X, nulls=39).share))
 
 
 @pytest.mark.parametrize("counts", [(80,), (50, 40), (60, 40, 20), (40, 40, 40, 40)])
@@ -81,27 +102,31 @@ def test_groups_are_counted(counts):
     X, member = apart(5, counts, 8.)
     found = find_groups(X, nulls=99)
     assert found.count == len(counts) and adjusted_rand_score(member, found.labels) > .97
-    assert found.score == pytest.approx(np.exp(stats.entropy(counts)), rel=.03) and (np.diff(np.bincount(found.labels)) <= 0).all()
+    assert found.score == pytest.approx(np.exp(stats.entropy(counts)), rel=.03)
+    assert (np.diff(np.bincount(found.labels)) <= 0).all()
 
 
 def test_small_parts_are_not_cut_off():
     X, _ = apart(6, (60, 20), 9.)
-    assert find_groups(X, nulls=39, least=21).count == 1 and find_groups(X, nulls=39, least=20).count == 2
+    assert find_groups(X, nulls=39, least=21).count == 1
+    assert find_groups(X, nulls=39, least=20).count == 2
 
 
 @pytest.mark.parametrize("method", ["raw", "reduced"])
 def test_hdbscan_finds_what_is_plain(method):
     X, member = apart(7, (60, 60), 12.)
-    found = split(X, method)
-    assert found.max() == 1 and adjusted_rand_score(member[found >= 0], found[found >= 0]) == 1 and (found < 0).mean() < .1
-    assert split(X, method, least=100).max() <= 0
+    found = hdbscan_groups(X, method)
+    assert found.max() == 1
+    assert adjusted_rand_score(member[found >= 0], found[found >= 0]) == 1
+    assert (found < 0).mean() < .1
+    assert hdbscan_groups(X, method, least=100).max() <= 0
 
 
 def test_correction_is_benjamini_and_hochbergs():
     p = np.random.default_rng(0).random(30)**2
     order = np.argsort(p)
     by_hand = np.minimum.accumulate((p[order]*30/np.arange(1, 31))[::-1])[::-1]
-    np.testing.assert_allclose(correct(p)[order], by_hand.clip(max=1))
+    np.testing.assert_allclose(benjamini_hochberg(p)[order], by_hand.clip(max=1))
 
 
 def test_exemplars_are_nearest_to_the_centre():
@@ -112,35 +137,46 @@ def test_exemplars_are_nearest_to_the_centre():
 
 
 def test_telling_names():
-    labels, names = np.repeat([0, 1], [20, 20]), np.array(["dog"]*18 + ["cat"]*2 + ["box"]*15 + ["dog"]*5)
-    found = telling(labels, names)
-    assert found.iloc[0][["group", "name"]].tolist() == [1, "box"] and found.iloc[0].inside == .75 and found.iloc[0].outside == 0
+    labels = np.repeat([0, 1], [20, 20])
+    names = np.array(["dog"]*18 + ["cat"]*2 + ["box"]*15 + ["dog"]*5)
+    found = enriched_classes(labels, names)
+    assert found.iloc[0][["group", "name"]].tolist() == [1, "box"]
+    assert found.iloc[0].inside == .75 and found.iloc[0].outside == 0
     dog = found[(found["group"] == 0) & (found["name"] == "dog")].iloc[0]
-    assert dog.odds == pytest.approx(18*15/(2*5)) and dog.p < .01 and found[found["name"] == "cat"].p.item() > .2
+    assert dog.odds == pytest.approx(18*15/(2*5)) and dog.p < .01
+    assert found[found["name"] == "cat"].p.item() > .2
 
 
 @pytest.mark.parametrize("at", ["centre", "maximum"])
-@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.10"), (SmallAlexNet, "classifier"), (ResNet8, "stages.2.conv1")])
+@pytest.mark.parametrize("kind,layer", [(SmallAlexNet, "features.10"), (SmallAlexNet, "classifier"),
+                                        (ResNet8, "stages.2.conv1")])
 def test_contributions_add_up(kind, layer, at):
     torch.manual_seed(0)
     net = kind(width=4).eval()
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    values = outputs(net, [layer], imagenet_input(images))[layer][:, 2].reshape(5, -1).detach()
+    values = layer_outputs(net, [layer], imagenet_input(images))[layer][:, 2].reshape(
+        5, -1).detach()
     side = int(values.shape[1]**.5)
     picked = values.amax(1) if at == "maximum" else values[:, side//2*side + side//2]
     bias = getattr(net.get_submodule(layer), "bias", None)
     found = attributions(net, f"{layer}:2", images, at=at, batch=2)
-    np.testing.assert_allclose(found.sum(1), picked - (0 if bias is None else bias[2].item()), atol=1e-4)
-    assert not any(m._forward_pre_hooks for m in net.modules()) and all(p.grad is None for p in net.parameters())
+    np.testing.assert_allclose(found.sum(1), picked - (0 if bias is None else bias[2].item()),
+                               atol=1e-4)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_one_contribution_by_brute_force():
     torch.manual_seed(0)
-    net, images = SmallAlexNet(width=4).eval(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    conv, below = net.features[6], outputs(net, ["features.5"], imagenet_input(images))["features.5"]
+    net = SmallAlexNet(width=4).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    conv = net.features[6]
+    below = layer_outputs(net, ["features.5"], imagenet_input(images))["features.5"]
     found = attributions(net, "features.6:1", images)
     for channel in range(conv.in_channels):
         alone = torch.zeros_like(below)
         alone[:, channel] = below[:, channel]
         value = (conv(alone) - conv(torch.zeros_like(below)))[:, 1]
-        np.testing.assert_allclose(found[:, channel], value[:, value.shape[1]//2, value.shape[2]//2].detach(), atol=1e-5)
+        np.testing.assert_allclose(found[:, channel],
+                                   value[:, value.shape[1]//2, value.shape[2]//2].detach(),
+                                   atol=1e-5)

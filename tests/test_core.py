@@ -9,10 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from superpos.core import (MissingResult, atomic_write, cached, decode, default_device, encode, mean_interval, progress, recall, set_seed,
-                           share_interval)
+from superpos.core import (
+    MissingResult,
+    atomic_write,
+    cached,
+    decode,
+    default_device,
+    encode,
+    mean_interval,
+    progress,
+    recall,
+    set_seed,
+    share_interval,
+)
 
 
 def slow_study(log, seed):
@@ -21,7 +33,8 @@ def slow_study(log, seed):
     return {"mean": float(np.random.default_rng(seed).normal())}
 
 
-def ask(folder, log, answers): answers.put(cached("study", slow_study, folder=folder, log=str(log), seed=0).value)
+def ask(folder, log, answers):
+    answers.put(cached("study", slow_study, folder=folder, log=str(log), seed=0).value)
 
 
 def test_two_processes_at_once_compute_once(tmp_path):
@@ -46,12 +59,14 @@ def test_a_killed_process_leaves_nothing_half_written(tmp_path):
     assert log.read_text() == "ran\nran\n"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": "study"}', '{"name": "other", "params": {}, "provenance": {}, "value": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": "study"}',
+                                     '{"name": "other", "params": {}, "provenance": {}, "value": 1}'])
 def test_a_foreign_file_is_set_aside(tmp_path, content):
     cached("study", lambda n: n + 1, folder=tmp_path, n=1)
     file = next(tmp_path.glob("*.json"))
     file.write_text(content)
-    with pytest.warns(UserWarning, match=f"{file.name} cannot be trusted"): again = cached("study", lambda n: n + 1, folder=tmp_path, n=1)
+    with pytest.warns(UserWarning, match=f"{file.name} cannot be trusted"):
+        again = cached("study", lambda n: n + 1, folder=tmp_path, n=1)
     assert again.value == 2 and [p.read_text() for p in tmp_path.glob("*.damaged-*")] == [content]
 
 
@@ -62,7 +77,9 @@ def test_a_function_that_fails_saves_nothing(tmp_path):
 
 def test_recompute_replaces(tmp_path):
     values = iter([1, 2])
-    for expected in (1, 2): assert cached("study", lambda: next(values), folder=tmp_path, recompute=True).value == expected
+    for expected in (1, 2):
+        assert (cached("study", lambda: next(values), folder=tmp_path, recompute=True).value
+                == expected)
     assert recall("study", folder=tmp_path).value == 2
 
 
@@ -71,7 +88,10 @@ def test_names_are_file_names(tmp_path, name):
     with pytest.raises(ValueError, match="study's name"): cached(name, lambda: 1, folder=tmp_path)
 
 
-plain = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False) | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(alphabet="abc", min_size=1), x))
+plain = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60)
+                     | st.floats(allow_nan=False) | st.text(),
+                     lambda x: st.lists(x) | st.dictionaries(st.text(alphabet="abc", min_size=1),
+                                                             x))
 
 
 @settings(deadline=None)
@@ -132,8 +152,10 @@ def test_intervals_cover_what_they_promise():
     rng = np.random.default_rng(0)
     inside = [low <= 3 <= high for _, low, high in map(mean_interval, rng.normal(3, 2, (2000, 5)))]
     assert abs(np.mean(inside) - .95) < .015
-    inside = [low <= .2 <= high for _, low, high in (share_interval(hits, 30) for hits in rng.binomial(30, .2, 2000))]
+    inside = [low <= .2 <= high for _, low, high in (share_interval(hits, 30)
+                                                     for hits in rng.binomial(30, .2, 2000))]
     assert np.mean(inside) >= .95
-    assert mean_interval([1, 1, 1]) == (1, 1, 1) and share_interval(np.ones((2, 3), bool)) == share_interval(6, 6)
+    assert mean_interval([1, 1, 1]) == (1, 1, 1)
+    assert share_interval(np.ones((2, 3), bool)) == share_interval(6, 6)
     for wrong in ([1.], [[1., 2.]]):
         with pytest.raises(ValueError, match="at least two values"): mean_interval(wrong)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from superpos import dissect as chapter
-from superpos.cluster import attributions, correct, find_groups
+from superpos.cluster import attributions, benjamini_hochberg, find_groups
 from superpos.dissect import Dissection, dissect
 from superpos.model import SmallAlexNet
 
@@ -22,7 +22,8 @@ class Table(torch.nn.Module):
     "A network whose units are given numbers: image i, whose first two bytes are i, has row i."
     def __init__(self, values):
         super().__init__()
-        self.values, self.unit = torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)), torch.nn.Identity()
+        self.values, self.unit = (torch.nn.Parameter(torch.tensor(values, dtype=torch.float32)),
+                                  torch.nn.Identity())
 
     def forward(self, x): return self.unit(self.values[(x[:, 0, 0, 0]*256 + x[:, 1, 0, 0]).long()])
 
@@ -61,26 +62,33 @@ def test_every_column_is_what_its_name_says(whole):
     np.testing.assert_allclose(table["deviation"], values.std(0), rtol=1e-5, atol=1e-6)
     for u in [u for u in range(8) if u != 3]:
         row, top = table.loc[u], np.argsort(-values[:, u], kind="stable")[:40]
-        assert row["images"] == top.tolist() and row["values"] == values[top, u].tolist() and row["sizes"] == np.bincount(row["labels"]).tolist()
-        alone = find_groups(values[top], nulls=39, seed=int(np.random.SeedSequence([0, u]).generate_state(1)[0]))
-        assert (row["p"], row["groups"], row["score"], row["labels"]) == (alone.p, alone.count, alone.score, alone.labels.tolist())
+        assert row["images"] == top.tolist()
+        assert row["values"] == values[top, u].tolist()
+        assert row["sizes"] == np.bincount(row["labels"]).tolist()
+        alone = find_groups(values[top], nulls=39,
+                            seed=int(np.random.SeedSequence([0, u]).generate_state(1)[0]))
+        assert ((row["p"], row["groups"], row["score"], row["labels"])
+                == (alone.p, alone.count, alone.score, alone.labels.tolist()))
     tested = table.p.notna()
-    np.testing.assert_allclose(table.q[tested], correct(table.p[tested]))
-    assert table.groups[0] == 2 and {tuple(np.unique(member[g])) for g in whole.groups(0)} == {(0,), (1,)}
+    np.testing.assert_allclose(table.q[tested], benjamini_hochberg(table.p[tested]))
+    assert table.groups[0] == 2
+    assert {tuple(np.unique(member[g])) for g in whole.groups(0)} == {(0,), (1,)}
 
 
 def test_a_constant_unit_has_no_groups(whole):
     row = whole.table.loc[3]
-    assert row["groups"] == 0 and np.isnan(row["p"]) and np.isnan(row["q"]) and row["images"] == [] and whole.groups(3) == []
+    assert row["groups"] == 0 and np.isnan(row["p"]) and np.isnan(row["q"])
+    assert row["images"] == [] and whole.groups(3) == []
 
 
 def test_after_the_relu_silent_images_do_not_count():
     values, _ = mixture()
     values[:, 6] = np.where(np.arange(120) < 20, 1 + np.arange(120)/100, -1)
-    values[:, 7] = np.where(np.arange(120) < chapter.least - 1, 1 + np.arange(120)/100, -1)
+    values[:, 7] = np.where(np.arange(120) < chapter.min_images - 1, 1 + np.arange(120)/100, -1)
     table = dissect(Table(values).eval(), "unit", numbered(120), when="post", **settings).table
     assert sorted(table["images"][6]) == list(range(20)) and table.groups[6] > 0
-    assert len(table["images"][7]) == chapter.least - 1 and table.groups[7] == 0 and table.labels[7] == [-1]*(chapter.least - 1)
+    assert len(table["images"][7]) == chapter.min_images - 1
+    assert table.groups[7] == 0 and table.labels[7] == [-1]*(chapter.min_images - 1)
 
 
 def test_little_memory_gives_the_same(whole):
@@ -95,7 +103,8 @@ def test_saved_and_reopened(whole, tmp_path):
     assert again.about == whole.about and again.about["nulls"] == 39 and "seconds" in again.about
     for text in ("{", "[]", '{"about": 1}', '{"dissection": 1, "about": {}}'):
         (tmp_path/"bad.json").write_text(text)
-        with pytest.raises(ValueError, match="bad.json is not a dissection"): Dissection.load(tmp_path/"bad.json")
+        with pytest.raises(ValueError, match="bad.json is not a dissection"):
+            Dissection.load(tmp_path/"bad.json")
     with pytest.raises(ValueError, match="unit 99 .* was not dissected"): whole.groups(99)
 
 
@@ -105,18 +114,24 @@ def test_attributions_are_those_of_one_unit_at_a_time(layer):
     net = SmallAlexNet(width=4).eval().requires_grad_(False)
     images = torch.randint(0, 256, (5, 3, 48, 40), dtype=torch.uint8)
     inputs = chapter._inputs(net, layer, images, as_floats, 2)
-    for unit in (0, 3): np.testing.assert_allclose(chapter._attributions(net, layer, unit, inputs), attributions(net, f"{layer}:{unit}", images, prepare=as_floats, batch=2), rtol=1e-4, atol=1e-3)
+    for unit in (0, 3):
+        np.testing.assert_allclose(chapter._attributions(net, layer, unit, inputs),
+                                   attributions(net, f"{layer}:{unit}", images, prepare=as_floats,
+                                                batch=2), rtol=1e-4, atol=1e-3)
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
 def test_where_attributions_make_no_sense_they_are_refused():
     net, images = SmallAlexNet(width=4).eval(), torch.zeros(3, 3, 48, 48, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="'avgpool' is AdaptiveAvgPool2d"): dissect(net, "avgpool", images, by="attributions")
-    with pytest.raises(ValueError, match="asked for is 'maximum'"): dissect(net, "features.3", images, by="attributions", at="maximum")
+    with pytest.raises(ValueError, match="'avgpool' is AdaptiveAvgPool2d"):
+        dissect(net, "avgpool", images, by="attributions")
+    with pytest.raises(ValueError, match="asked for is 'maximum'"):
+        dissect(net, "features.3", images, by="attributions", at="maximum")
 
 
 def test_a_training_model_is_refused():
-    with pytest.raises(ValueError, match="training mode"): dissect(Table(mixture()[0]).train(), "unit", numbered(120), **settings)
+    with pytest.raises(ValueError, match="training mode"):
+        dissect(Table(mixture()[0]).train(), "unit", numbered(120), **settings)
 
 
 # ---- interruptions
@@ -128,7 +143,8 @@ def test_an_interruption_keeps_the_units_that_are_done(whole, tmp_path, monkeypa
         if len(looked_at) == 4: raise KeyboardInterrupt
         return original(unit, *rest)
     monkeypatch.setattr(chapter, "_unit_row", row)
-    with pytest.raises(KeyboardInterrupt): dissect(net, "unit", numbered(120), folder=tmp_path, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        dissect(net, "unit", numbered(120), folder=tmp_path, **settings)
     again = dissect(net, "unit", numbered(120), folder=tmp_path, **settings)
     assert sorted(looked_at) == sorted([*range(8), looked_at[3]])
     pd.testing.assert_frame_equal(again.table, whole.table)
@@ -139,8 +155,10 @@ def test_a_line_that_was_cut_off_is_done_again(whole, tmp_path):
     dissect(net, "unit", numbered(120), folder=tmp_path, **settings)
     rows = tmp_path/"units.jsonl"
     rows.write_text(rows.read_text()[:-30])
-    pd.testing.assert_frame_equal(dissect(net, "unit", numbered(120), folder=tmp_path, **settings).table, whole.table)
-    assert [json.loads(line).get("unit") for line in rows.read_text().splitlines()][1:] == list(range(8))
+    pd.testing.assert_frame_equal(dissect(net, "unit", numbered(120), folder=tmp_path,
+                                          **settings).table, whole.table)
+    assert ([json.loads(line).get("unit") for line in rows.read_text().splitlines()][1:]
+            == list(range(8)))
 
 
 killed = """
@@ -154,9 +172,12 @@ dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder={folder!r}, **
 
 def test_a_killed_run_goes_on(tmp_path):
     script = killed.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | dict(SUPERPOS_QUIET="1"))
+    process = subprocess.Popen([sys.executable, "-c", script],
+                               env=os.environ | dict(SUPERPOS_QUIET="1"))
     rows, end = tmp_path/"units.jsonl", time.monotonic() + 300
-    while time.monotonic() < end and process.poll() is None and not (rows.exists() and rows.read_text().count("\n") > 3): time.sleep(.01)
+    while (time.monotonic() < end and process.poll() is None
+           and not (rows.exists() and rows.read_text().count("\n") > 3)):
+        time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     written = rows.read_text().splitlines()
@@ -164,14 +185,17 @@ def test_a_killed_run_goes_on(tmp_path):
     net, images = Table(mixture()[0]).eval(), numbered(120)
     again = dissect(net, "unit", images, folder=tmp_path, **settings | dict(nulls=399))
     assert rows.read_text().splitlines()[:len(written) - 1] == written[:-1]
-    pd.testing.assert_frame_equal(again.table, dissect(net, "unit", images, **settings | dict(nulls=399)).table)
+    pd.testing.assert_frame_equal(again.table,
+                                  dissect(net, "unit", images, **settings | dict(nulls=399)).table)
 
 
 # ---- a cluster
 
 def test_a_dask_cluster_gives_the_same_numbers(whole):
     from distributed import Client, LocalCluster, get_task_stream
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50) as cluster, Client(cluster) as client:
-        with get_task_stream(client) as stream, joblib.parallel_config("dask"): found = dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **settings)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None,
+                      silence_logs=50) as cluster, Client(cluster) as client:
+        with get_task_stream(client) as stream, joblib.parallel_config("dask"):
+            found = dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **settings)
     assert len({task["worker"] for task in stream.data}) == 2
     pd.testing.assert_frame_equal(found.table, whole.table)

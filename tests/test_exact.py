@@ -8,29 +8,45 @@ import torch
 from scipy import integrate
 
 from superpos import exact
-from superpos.exact import boundary, closed_forms, expected_loss, gradient, optimum, patterns, phase, relu_mean
-from superpos.toy import Features, Toy, initial
+from superpos.exact import (
+    antipodal_boundary,
+    closed_forms,
+    expected_loss,
+    gradient,
+    optimum,
+    patterns,
+    phase,
+    relu_mean,
+)
+from superpos.toy import Features, Toy, untrained_toy
 
 kinds = ["linear", "relu_output", "relu_hidden", "absolute"]
 
 
 def models(features, m, kind, seeds=3, scale=.3):
-    begin, draw = initial(features, m, kind, range(seeds)), torch.Generator().manual_seed(1)
+    begin, draw = untrained_toy(features, m, kind, range(seeds)), torch.Generator().manual_seed(1)
     b = scale*torch.randn(begin.b.shape, generator=draw, dtype=torch.float64)
     return Toy(begin.W.double(), b, None if begin.V is None else begin.V.double(), kind)
 
 
 @pytest.mark.parametrize("kind", kinds)
 @pytest.mark.parametrize("m,features", [
-    (1, Features(2, density=torch.tensor([[.1], [.9]]), importance=[1., .3])), (3, Features(2, density=.5, signed=True)),
-    (2, Features(3, density=[.9, .5, .2], importance=[1., .8, .6])), (1, Features(3, density=.6, signed=True)),
-    (2, Features(3, density=.4, correlated=[(0, 2)])), (2, Features(4, density=.3, anticorrelated=[(0, 1, 2)])),
-    (2, Features(4, density=.4, correlated=[(0, 1)], anticorrelated=[(2, 3)], signed=True)), (2, Features(6, exactly=2)),
-], ids=["n2m1", "n2m3-signed", "n3m2", "n3m1-signed", "correlated", "anticorrelated", "groups-signed", "exactly"])
+    (1, Features(2, density=torch.tensor([[.1], [.9]]), importance=[1., .3])),
+    (3, Features(2, density=.5, signed=True)),
+    (2, Features(3, density=[.9, .5, .2], importance=[1., .8, .6])),
+    (1, Features(3, density=.6, signed=True)),
+    (2, Features(3, density=.4, correlated=[(0, 2)])),
+    (2, Features(4, density=.3, anticorrelated=[(0, 1, 2)])),
+    (2, Features(4, density=.4, correlated=[(0, 1)], anticorrelated=[(2, 3)], signed=True)),
+    (2, Features(6, exactly=2)),
+], ids=["n2m1", "n2m3-signed", "n3m2", "n3m1-signed", "correlated", "anticorrelated",
+        "groups-signed", "exactly"])
 def test_examples(kind, m, features):
     if kind in ("relu_hidden", "absolute") and abs(patterns(features)[0]).sum(1).max() > 3:
-        with pytest.raises(ValueError, match="4 features can be active.*up to 3"): expected_loss(models(features, m, kind), features)
-        features = Features(3, features.density[:, [0, 2, 3]], anticorrelated=[(0, 2)], signed=features.signed)
+        with pytest.raises(ValueError, match="4 features can be active.*up to 3"):
+            expected_loss(models(features, m, kind), features)
+        features = Features(3, features.density[:, [0, 2, 3]], anticorrelated=[(0, 2)],
+                            signed=features.signed)
     toy = models(features, m, kind)
     x = features.sample(60_000, range(3)).double()
     error = ((toy(x) - toy.target(x))**2*features.importance.double()[:, None, None]).sum(-1)
@@ -59,19 +75,26 @@ def test_adaptive_quadrature(kind, seed):
 def test_relu_mean_by_hand():
     a, b = torch.tensor([.5, -1.], dtype=torch.float64), torch.tensor(.25, dtype=torch.float64)
     for power in (1, 2):
-        plain = integrate.dblquad(lambda v, u: max(.25 + .5*u - v, 0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
-        times = integrate.dblquad(lambda v, u: v*max(.25 + .5*u - v, 0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
+        plain = integrate.dblquad(lambda v, u: max(.25 + .5*u - v,
+                                                   0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
+        times = integrate.dblquad(lambda v, u: v*max(.25 + .5*u - v,
+                                                     0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
         assert relu_mean(a, b, power).item() == pytest.approx(plain, rel=1e-6)
-        assert relu_mean(a, b, power, torch.tensor([False, True])).item() == pytest.approx(times, rel=1e-6)
-    assert relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(-.1, dtype=torch.float64), 2) == 0
-    assert relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(.5, dtype=torch.float64), 2).item() == pytest.approx(.25)
+        assert (relu_mean(a, b, power, torch.tensor([False, True])).item()
+                == pytest.approx(times, rel=1e-6))
+    assert (relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(-.1, dtype=torch.float64),
+                      2) == 0)
+    assert relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(.5, dtype=torch.float64),
+                     2).item() == pytest.approx(.25)
 
 
 @pytest.mark.parametrize("ratio", [.02, .0101, .0099, .001, 1e-6, 0.])
 def test_no_step_where_corners_give_way_to_nodes(ratio):
     start = torch.tensor(-.3, dtype=torch.float64)
-    value, reference = (relu_mean(torch.tensor([1., small], dtype=torch.float64), start, 2).item() for small in (ratio, 0.))
-    exactly = math.fsum(w*(max(.7 + ratio*u, 0)**3 - max(-.3 + ratio*u, 0)**3)/3 for u, w in zip(*half_gauss(40)))
+    value, reference = (relu_mean(torch.tensor([1., small], dtype=torch.float64), start, 2).item()
+                        for small in (ratio, 0.))
+    exactly = math.fsum(w*(max(.7 + ratio*u, 0)**3 - max(-.3 + ratio*u, 0)**3)/3
+                        for u, w in zip(*half_gauss(40)))
     assert value == pytest.approx(exactly, rel=1e-9) and value >= reference
 
 
@@ -100,8 +123,12 @@ def test_gradient(kind, signed):
     toy, draw = models(features, 2, kind), torch.Generator().manual_seed(0)
     slope = gradient(toy, features)
     names = [name for name in "WbV" if getattr(toy, name) is not None]
-    step = {name: 1e-6*torch.randn(getattr(toy, name).shape, generator=draw, dtype=torch.float64) for name in names}
-    up, down = (expected_loss(dataclasses.replace(toy, **{n: getattr(toy, n) + sign*s for n, s in step.items()}), features) for sign in (1, -1))
+    step = {name: 1e-6*torch.randn(getattr(toy, name).shape, generator=draw, dtype=torch.float64)
+            for name in names}
+    up, down = (expected_loss(dataclasses.replace(toy,
+                                                  **{n: getattr(toy, n) + sign*s
+                                                     for n, s in step.items()}), features)
+                for sign in (1, -1))
     predicted = sum((getattr(slope, n)*s).flatten(2).sum(-1) for n, s in step.items())
     torch.testing.assert_close((up - down)/2, predicted, rtol=1e-5, atol=1e-12)
     assert slope.kind == kind and slope.W.shape == toy.W.shape
@@ -110,44 +137,58 @@ def test_gradient(kind, signed):
 def test_gradcheck():
     features = Features(3, density=.5)
     toy = models(features, 2, "relu_output", 1)
-    assert torch.autograd.gradcheck(lambda W, b: expected_loss(Toy(W, b), features), (toy.W.requires_grad_(), toy.b.requires_grad_()), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(lambda W, b: expected_loss(Toy(W, b), features), (
+        toy.W.requires_grad_(), toy.b.requires_grad_()), eps=1e-6, atol=1e-7)
 
 
 def test_leading_axes_do_not_mix():
-    features = Features(3, density=torch.tensor([[.1], [.5], [1.]]), importance=torch.tensor([[1., .5, .2]]))
+    features = Features(3, density=torch.tensor([[.1], [.5], [1.]]),
+                        importance=torch.tensor([[1., .5, .2]]))
     toy = models(features, 2, "relu_output")
     together = expected_loss(toy, features)
     for i in range(3):
         for s in range(3):
-            alone = expected_loss(Toy(toy.W[i, s][None, None], toy.b[i, s][None, None]), features[i])
+            alone = expected_loss(Toy(toy.W[i, s][None, None], toy.b[i, s][None, None]),
+                                  features[i])
             torch.testing.assert_close(alone[0, 0], together[i, s], rtol=1e-12, atol=0)
 
 
 def test_closed_forms_and_boundary():
     p, r = torch.logspace(-3, 0, 30), torch.logspace(-1.5, 1.5, 31)[:, None]
     losses = closed_forms(p, r)
-    assert losses.shape == (31, 30, 3) and (phase_of := losses.argmin(-1)).unique().tolist() == [0, 1, 2]
-    assert ((phase_of == 2) == (p < boundary(r))).all()
+    assert losses.shape == (31, 30, 3)
+    assert (phase_of := losses.argmin(-1)).unique().tolist() == [0, 1, 2]
+    assert ((phase_of == 2) == (p < antipodal_boundary(r))).all()
     one = Features(2, density=p[:, None])
     for k, (w, b) in enumerate([((1, 0), (0, 1)), ((0, 1), (1, 0)), ((1, -1), (0, 0))]):
-        toy = Toy(torch.tensor(w).double().expand(30, 1, 1, 2), torch.tensor(b)*p.double()[:, None, None]/2)
-        torch.testing.assert_close(expected_loss(toy, one)[:, 0], closed_forms(p, 1.)[:, k], rtol=1e-5, atol=0)
-    without_bias = expected_loss(Toy(torch.tensor([[[[1., 0]]]]).expand(30, 1, 1, 2), torch.zeros(30, 1, 2)), one)[:, 0]
+        toy = Toy(torch.tensor(w).double().expand(30, 1, 1, 2),
+                  torch.tensor(b)*p.double()[:, None, None]/2)
+        torch.testing.assert_close(expected_loss(toy, one)[:, 0], closed_forms(p, 1.)[:, k],
+                                   rtol=1e-5, atol=0)
+    without_bias = expected_loss(Toy(torch.tensor([[[[1., 0]]]]).expand(30, 1, 1, 2),
+                                     torch.zeros(30, 1, 2)), one)[:, 0]
     torch.testing.assert_close(without_bias, p.double()/3, rtol=1e-6, atol=0)
 
 
 def test_phase_diagram():
-    p, r = (t.flatten() for t in torch.meshgrid(torch.logspace(-2, 0, 21), torch.logspace(-1, 1, 21), indexing="ij"))
+    p, r = (t.flatten() for t in torch.meshgrid(torch.logspace(-2, 0, 21),
+                                                torch.logspace(-1, 1, 21), indexing="ij"))
     features = Features(2, p[:, None], torch.stack([torch.ones_like(r), r], 1))
     found, losses = optimum(features, 1), closed_forms(p, r)
-    assert found.gradient_norm.max() < 1e-5 and (found.loss <= losses.min(-1).values*(1 + 1e-9)).all() and (found.agreeing >= 2).all()
-    torch.testing.assert_close(expected_loss(found.toy, features)[:, 0], found.loss, rtol=1e-9, atol=0)
+    assert found.gradient_norm.max() < 1e-5
+    assert (found.loss <= losses.min(-1).values*(1 + 1e-9)).all()
+    assert (found.agreeing >= 2).all()
+    torch.testing.assert_close(expected_loss(found.toy, features)[:, 0], found.loss, rtol=1e-9,
+                               atol=0)
     slope = gradient(found.toy, features)
-    torch.testing.assert_close((slope.W.flatten(1).square().sum(1) + slope.b.flatten(1).square().sum(1)).sqrt(), found.gradient_norm, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close((slope.W.flatten(1).square().sum(1)
+                                + slope.b.flatten(1).square().sum(1)).sqrt(), found.gradient_norm,
+                               rtol=1e-3, atol=1e-9)
     named, expected = phase(found.toy)[:, 0], losses.argmin(-1)
     assert .96 <= (named == expected).double().mean() <= .99
     margin = losses.sort(-1).values
-    assert (named == expected)[margin[:, 1] > 1.5*margin[:, 0]].all()  # the map is wrong only where two phases are nearly as good
+    # the map is wrong only where two phases are nearly as good
+    assert (named == expected)[margin[:, 1] > 1.5*margin[:, 0]].all()
 
 
 @pytest.mark.parametrize("kind,n,m", [("linear", 2, 1), ("relu_hidden", 2, 2), ("absolute", 1, 2)])
@@ -155,7 +196,8 @@ def test_optimum_of_other_kinds(kind, n, m):
     features = Features(n, density=.3, importance=[1., .7][:n], signed=kind == "absolute")
     found = optimum(features, m, kind, starts=30 if n == 1 else 6)
     assert found.gradient_norm < 1e-5 and found.toy.kind == kind
-    if kind == "linear":  # the best linear model keeps the first principal component of the weighted covariance
+    # the best linear model keeps the first principal component of the weighted covariance
+    if kind == "linear":
         p = features.density[0].double()
         variance = p/3 - p*p/4
         assert found.loss.item() == pytest.approx((.7*variance[1]).item(), rel=1e-6)
@@ -171,14 +213,20 @@ def test_more_starts_are_never_worse():
 
 
 @pytest.mark.parametrize("wrong,message", [
-    (lambda: expected_loss(models(Features(7), 2, "relu_output"), Features(7)), "7 features have 128 patterns.*up to 6.*expected_loss"),
+    (lambda: expected_loss(models(Features(7), 2, "relu_output"), Features(7)), "7 features have "
+     "128 patterns.*up to 6.*expected_loss"),
     (lambda: patterns(Features(9, density=.1)), "up to 6"),
-    (lambda: optimum(Features(4, density=.5), 2, "absolute"), "4 features can be active at once.*up to 3"),
-    (lambda: expected_loss(models(Features(3), 2, "relu_output"), Features(2)), r"shape \(1, 3, 2, 3\) do not fit 1 instances of 2"),
-    (lambda: expected_loss(models(Features(2), 2, "relu_output"), Features(2, density=[[.1], [.2]])), "do not fit 2 instances"),
-    (lambda: expected_loss(Toy(torch.ones(1, 2), torch.zeros(2)), Features(2)), r"W is \(instances, seeds, m, n\)"),
+    (lambda: optimum(Features(4, density=.5), 2, "absolute"), "4 features can be active at "
+     "once.*up to 3"),
+    (lambda: expected_loss(models(Features(3), 2, "relu_output"),
+                           Features(2)), r"shape \(1, 3, 2, 3\) do not fit 1 instances of 2"),
+    (lambda: expected_loss(models(Features(2), 2, "relu_output"),
+                           Features(2, density=[[.1], [.2]])), "do not fit 2 instances"),
+    (lambda: expected_loss(Toy(torch.ones(1, 2), torch.zeros(2)),
+                           Features(2)), r"W is \(instances, seeds, m, n\)"),
     (lambda: optimum(Features(2), 1, starts=0), "starts must be at least 1, got 0"),
     (lambda: optimum(Features(2), 1, "relu"), "no model of kind 'relu'"),
-    (lambda: phase(models(Features(3), 2, "relu_output")), "2 features in 1 dimension, got 3 in 2")])
+    (lambda: phase(models(Features(3), 2,
+                          "relu_output")), "2 features in 1 dimension, got 3 in 2")])
 def test_bad_input(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()

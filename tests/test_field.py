@@ -3,12 +3,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from superpos.data import MissingData, find_data
 from superpos.field import Axis, Field, effective_field, pathway, receptive_field
-from superpos.model import ResNet8, load_model, outputs
+from superpos.model import ResNet8, layer_outputs, load_model
 
 alexnet_layers = ["features.0", "features.3", "features.6", "features.8", "features.10"]
 
@@ -28,18 +29,21 @@ def trained_alexnet():
 @pytest.mark.parametrize("layer", alexnet_layers)
 def test_crop_equals_whole_alexnet(network, layer):
     model, x = network(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    whole = outputs(model, [layer], x)[layer]
+    whole = layer_outputs(model, [layer], x)[layer]
     last, middle = whole.shape[-1] - 1, whole.shape[-1]//2
-    for position in ((middle, middle), (0, 0), (0, last), (last, 0), (last, last), (1, middle), (middle, last - 1)):
+    for position in ((middle, middle), (0, 0), (0, last), (last, 0), (last, last), (1, middle),
+                     (middle, last - 1)):
         path = pathway(model, layer, position=position)
         assert path.exact_crop
-        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]],
+                                   rtol=1e-5, atol=1e-5)
 
 
 def test_interior_crop_is_the_receptive_field():
     model = random_alexnet()
     path = pathway(model, "features.10")
-    assert path.window == receptive_field(model, "features.10").window(path.position) == ((30, 193), (30, 193))
+    assert (path.window == receptive_field(model, "features.10").window(path.position)
+            == ((30, 193), (30, 193)))
 
 
 def test_resnet_falls_back_and_is_exact():
@@ -47,7 +51,9 @@ def test_resnet_falls_back_and_is_exact():
     path = pathway(model, "layer2.0.conv2", (64, 64))
     assert not path.exact_crop and "join" in path.why
     row, column = path.position
-    torch.testing.assert_close(path(path.crop(x), unit=5), outputs(model, ["layer2.0.conv2"], x)["layer2.0.conv2"][:, 5, row, column])
+    torch.testing.assert_close(path(path.crop(x), unit=5),
+                               layer_outputs(model, ["layer2.0.conv2"],
+                                             x)["layer2.0.conv2"][:, 5, row, column])
 
 
 def test_resnet_before_its_first_branch_is_cropped():
@@ -55,43 +61,57 @@ def test_resnet_before_its_first_branch_is_cropped():
     path = pathway(model, "layer1.0.conv1", (64, 64))
     row, column = path.position
     assert path.exact_crop
-    torch.testing.assert_close(path(path.crop(x)), outputs(model, ["layer1.0.conv1"], x)["layer1.0.conv1"][:, :, row, column], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(path(path.crop(x)),
+                               layer_outputs(model, ["layer1.0.conv1"],
+                                             x)["layer1.0.conv1"][:, :, row, column], rtol=1e-4,
+                               atol=1e-5)
 
 
-convolution = st.builds(lambda k, s, p, d: lambda: nn.Conv2d(3, 3, k, s, min(p, k), d), st.integers(1, 4), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2))
-pool = st.builds(lambda k, s, p, c: lambda: nn.MaxPool2d(k, s, min(p, k//2), ceil_mode=c), st.integers(2, 3), st.integers(1, 3), st.integers(0, 1), st.booleans())
+convolution = st.builds(lambda k, s, p, d: lambda: nn.Conv2d(3, 3, k, s, min(p, k),
+                                                             d), st.integers(1, 4), st.integers(
+                                                                 1, 2), st.integers(
+                                                                     0, 2), st.integers(1, 2))
+pool = st.builds(lambda k, s, p, c: lambda: nn.MaxPool2d(k, s, min(p, k//2),
+                                                         ceil_mode=c), st.integers(
+                                                             2, 3), st.integers(1, 3), st.integers(
+                                                                 0, 1), st.booleans())
 mean = st.builds(lambda k, s: lambda: nn.AvgPool2d(k, s), st.integers(1, 3), st.integers(1, 2))
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.one_of(convolution, pool, mean, st.just(nn.ReLU), st.just(lambda: nn.BatchNorm2d(3))), max_size=4), st.data())
+@given(st.lists(st.one_of(convolution, pool, mean, st.just(nn.ReLU),
+                          st.just(lambda: nn.BatchNorm2d(3))), max_size=4), st.data())
 def test_any_chain(layers, data):
     torch.manual_seed(0)
-    model, x = nn.Sequential(*(make() for make in layers), nn.Conv2d(3, 2, 2)).eval(), torch.randn(1, 3, 23, 19)
+    model = nn.Sequential(*(make() for make in layers), nn.Conv2d(3, 2, 2)).eval()
+    x = torch.randn(1, 3, 23, 19)
     last = str(len(layers))
-    try: whole = outputs(model, [last], x)[last]
+    try: whole = layer_outputs(model, [last], x)[last]
     except RuntimeError: return  # the image is too small for these layers
     position = tuple(data.draw(st.integers(0, n - 1)) for n in whole.shape[-2:])
     path = pathway(model, last, (23, 19), position)
-    torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-4,
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("name,layer,size", [
-    ("vgg11", "features.13", 96), ("resnet18", "layer2.1.conv2", 128), ("squeezenet1_0", "features.5.expand3x3", 128),
+    ("vgg11", "features.13", 96), ("resnet18", "layer2.1.conv2", 128),
+    ("squeezenet1_0", "features.5.expand3x3", 128),
     ("googlenet", "inception3a.branch3.1.conv", 128), ("mobilenet_v2", "features.4.conv.2", 96)])
 def test_gradients_stay_inside_the_field(name, layer, size):
     torch.manual_seed(0)
     extra = dict(init_weights=False) if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, **extra).eval()
     x = torch.rand(4, 3, size, size, requires_grad=True)
-    values = outputs(model, [layer], x)[layer]
+    values = layer_outputs(model, [layer], x)[layer]
     position = tuple(n//2 for n in values.shape[-2:])
     values[:, :, position[0], position[1]].abs().sum().backward()
     rows, columns = (x.grad.abs().amax((0, 1)).amax(d).nonzero().ravel() for d in (1, 0))
     (top, bottom), (left, right) = receptive_field(model, layer).window(position)
     assert top <= rows[0] and rows[-1] < bottom and left <= columns[0] and columns[-1] < right
     clipped = min(bottom, size) - max(top, 0)
-    assert rows[-1] + 1 - rows[0] >= .85*clipped  # max pooling may leave the outermost pixels unused
+    # max pooling may leave the outermost pixels unused
+    assert rows[-1] + 1 - rows[0] >= .85*clipped
 
 
 @pytest.mark.parametrize("call,message", [
@@ -101,8 +121,10 @@ def test_gradients_stay_inside_the_field(name, layer, size):
     (lambda m: pathway(m.train(), "features.10"), "training mode"),
     (lambda m: receptive_field(m, "avgpool"), "adaptive_avg_pool2d.*in 'avgpool'"),
     (lambda m: receptive_field(m.train(), "features.3"), "training mode"),
-    (lambda m: effective_field(m, "features.3:0", torch.zeros(1, 3, 64, 64), (40, 0)), "positions up to"),
-    (lambda m: effective_field(m, "classifier.1:0", torch.zeros(1, 3, 64, 64)), "no rows and columns"),
+    (lambda m: effective_field(m, "features.3:0", torch.zeros(1, 3, 64, 64),
+                               (40, 0)), "positions up to"),
+    (lambda m: effective_field(m, "classifier.1:0",
+                               torch.zeros(1, 3, 64, 64)), "no rows and columns"),
     (lambda m: pathway(m, "features.0")(torch.zeros(1, 3, 224, 224)), "takes crops of 11 × 11")])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call(random_alexnet())
@@ -126,43 +148,56 @@ def test_given_weights_replace_the_models_on_both_ways():
 def random_trunk(name):
     torch.manual_seed(0)
     models = torchvision.models
-    if name.startswith("vgg"): return models.vgg.make_layers(models.vgg.cfgs[{"vgg11": "A", "vgg16": "D"}[name]], False).eval()
-    return models.get_model(name, weights=None, **(dict(init_weights=False) if name == "googlenet" else {})).eval()
+    if name.startswith("vgg"):
+        return models.vgg.make_layers(models.vgg.cfgs[{"vgg11": "A", "vgg16": "D"}[name]],
+                                      False).eval()
+    return models.get_model(name, weights=None, **(dict(init_weights=False) if name == "googlenet"
+                                                   else {})).eval()
 
 
-@pytest.mark.parametrize("name,layer,size", [("vgg11", "13", 64), ("vgg16", "17", 64), ("squeezenet1_0", "features.3.squeeze", 75), ("mobilenet_v2", "features.2.conv.0.0", 40)])
+@pytest.mark.parametrize("name,layer,size",
+                         [("vgg11", "13", 64), ("vgg16", "17", 64),
+                          ("squeezenet1_0", "features.3.squeeze", 75),
+                          ("mobilenet_v2", "features.2.conv.0.0", 40)])
 @torch.no_grad()
 def test_crop_equals_other_networks(name, layer, size):
     model, x = random_trunk(name), torch.randn(2, 3, size, size + 6)
-    whole = outputs(model, [layer], x)[layer]
+    whole = layer_outputs(model, [layer], x)[layer]
     height, width = whole.shape[-2:]
-    for position in ((height//2, width//2), (0, width - 1), (height - 1, 0), (height - 1, width - 1)):
+    for position in ((height//2, width//2), (0, width - 1), (height - 1, 0),
+                     (height - 1, width - 1)):
         path = pathway(model, layer, x.shape[-2:], position)
         assert path.exact_crop
-        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(path(path.crop(x), unit=5), whole[:, 5, position[0], position[1]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]],
+                                   rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(path(path.crop(x), unit=5),
+                                   whole[:, 5, position[0], position[1]], rtol=1e-4, atol=1e-5)
 
 
 def all_positive(model):
     "Averages for maxima, no ReLU6, positive weights: every pixel of the field then has a positive gradient."
     for parent in list(model.modules()):
         for name, m in list(parent.named_children()):
-            if isinstance(m, nn.MaxPool2d): setattr(parent, name, nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode))
+            if isinstance(m, nn.MaxPool2d):
+                setattr(parent, name, nn.AvgPool2d(m.kernel_size, m.stride, m.padding, m.ceil_mode))
             if isinstance(m, nn.ReLU6): setattr(parent, name, nn.Identity())
             if isinstance(m, nn.Conv2d): m.weight.data.abs_(); m.bias is None or m.bias.data.abs_()
     return model.double()
 
 
-@pytest.mark.parametrize("name,layer", [("alexnet", "features.8"), ("vgg11", "13"), ("vgg16", "14"), ("resnet18", "layer2.1.conv2"),
-                                        ("squeezenet1_0", "features.7.expand3x3"), ("mobilenet_v2", "features.6.conv.1.0"),
+@pytest.mark.parametrize("name,layer", [("alexnet", "features.8"), ("vgg11", "13"), ("vgg16", "14"),
+                                        ("resnet18", "layer2.1.conv2"),
+                                        ("squeezenet1_0", "features.7.expand3x3"),
+                                        ("mobilenet_v2", "features.6.conv.1.0"),
                                         ("googlenet", "inception4a.branch3.1.conv")])
 def test_fields_are_where_the_gradient_is_not_zero(name, layer):
     model = random_trunk(name)
     x = torch.rand(1, 3, 150, 170, dtype=torch.double, requires_grad=True)
     field = receptive_field(model, layer)
-    values = outputs(all_positive(model), [layer], x)[layer]
+    values = layer_outputs(all_positive(model), [layer], x)[layer]
     for position in ((0, 0), (0, values.shape[3]//2), (values.shape[2]//2, values.shape[3]//2)):
-        gradient, = torch.autograd.grad(values[:, :, position[0], position[1]].sum(), x, retain_graph=True)
+        gradient, = torch.autograd.grad(values[:, :, position[0], position[1]].sum(), x,
+                                        retain_graph=True)
         rows, columns = (gradient[0].amax((0, d)).nonzero().ravel().tolist() for d in (2, 1))
         for seen, (first, last), n in zip((rows, columns), field.window(position), x.shape[-2:]):
             assert seen == list(range(max(0, first), min(n, last)))
@@ -171,27 +206,36 @@ def test_fields_are_where_the_gradient_is_not_zero(name, layer):
 # ---- what is easily got wrong
 
 class Own(nn.Conv2d):
-    def forward(self, x): return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True),
+                                  self.bias)
 
 
 odd_chains = {
-    "padding as wide as the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=1)], "padding wider than the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=2)],
-    "a divisor of its own": [nn.AvgPool2d(2, divisor_override=1), nn.Conv2d(3, 4, 3)], "a convolution with its own forward": [nn.Conv2d(3, 4, 3), Own(4, 4, 3)],
-    "the same before the last": [Own(3, 4, 3), nn.Conv2d(4, 4, 3)], "rectangles": [nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 2)), nn.MaxPool2d((3, 2), (1, 2)), nn.Conv2d(4, 4, (3, 1), dilation=(2, 1))],
-    "padding by name": [nn.Conv2d(3, 4, 2, padding="same"), nn.Conv2d(4, 4, 3)], "reflection": [nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3)],
-    "groups at the end": [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2)], "rounded up": [nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.Conv2d(3, 4, 3, padding=1)]}
+    "padding as wide as the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=1)],
+    "padding wider than the kernel": [nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1, padding=2)],
+    "a divisor of its own": [nn.AvgPool2d(2, divisor_override=1), nn.Conv2d(3, 4, 3)],
+    "a convolution with its own forward": [nn.Conv2d(3, 4, 3), Own(4, 4, 3)],
+    "the same before the last": [Own(3, 4, 3), nn.Conv2d(4, 4, 3)],
+    "rectangles": [nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 2)), nn.MaxPool2d((3, 2), (1, 2)),
+                   nn.Conv2d(4, 4, (3, 1), dilation=(2, 1))],
+    "padding by name": [nn.Conv2d(3, 4, 2, padding="same"), nn.Conv2d(4, 4, 3)],
+    "reflection": [nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3)],
+    "groups at the end": [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2)],
+    "rounded up": [nn.MaxPool2d(2, 2, 1, ceil_mode=True), nn.Conv2d(3, 4, 3, padding=1)]}
 
 
 @pytest.mark.parametrize("chain", odd_chains.values(), ids=odd_chains)
 @torch.no_grad()
 def test_odd_chains_are_exact_at_every_position(chain):
     model, x, last = nn.Sequential(*chain).eval(), torch.randn(2, 3, 11, 14), str(len(chain) - 1)
-    whole = outputs(model, [last], x)[last]
+    whole = layer_outputs(model, [last], x)[last]
     for i in range(whole.shape[2]):
         for j in range(whole.shape[3]):
             path = pathway(model, last, (11, 14), (i, j))
             torch.testing.assert_close(path(path.crop(x)), whole[:, :, i, j], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(path(path.crop(x), unit=3), whole[:, 3, i, j], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(path(path.crop(x), unit=3), whole[:, 3, i, j], rtol=1e-4,
+                                       atol=1e-5)
 
 
 def test_a_part_in_training_mode_is_refused():
@@ -201,7 +245,8 @@ def test_a_part_in_training_mode_is_refused():
 
 
 def test_images_are_not_written_to():
-    model, x = nn.Sequential(nn.ReLU6(inplace=True), nn.Conv2d(3, 2, 3)).eval(), torch.randn(1, 3, 8, 8)
+    model = nn.Sequential(nn.ReLU6(inplace=True), nn.Conv2d(3, 2, 3)).eval()
+    x = torch.randn(1, 3, 8, 8)
     path, before = pathway(model, "1", (8, 8)), x.clone()
     path(path.crop(x))
     assert torch.equal(x, before)
@@ -225,9 +270,12 @@ def test_networks_that_cannot_be_traced():
     model = Free().eval()
     assert receptive_field(model, "head", (20, 20)) == Field(Axis(6, 2, -3), Axis(6, 2, -4))
     x = torch.rand(1, 3, 20, 20, dtype=torch.double, requires_grad=True)
-    gradient, = torch.autograd.grad(outputs(all_positive(model), ["head"], x)["head"][:, :, 3, 4].sum(), x)
+    gradient, = torch.autograd.grad(layer_outputs(all_positive(model), ["head"],
+                                                  x)["head"][:, :, 3, 4].sum(), x)
     rows, columns = (gradient[0].amax((0, d)).nonzero().ravel().tolist() for d in (2, 1))
-    assert (rows, columns) == tuple([*range(*span)] for span in receptive_field(model, "head", (20, 20)).clipped((3, 4), (20, 20)))
+    assert (rows, columns) == tuple([*range(*span)]
+                                    for span in receptive_field(model, "head", (20, 20)).clipped(
+                                        (3, 4), (20, 20)))
 
 
 def test_a_composite_layer_has_the_field_of_its_last():
@@ -244,18 +292,28 @@ class Calls(nn.Module):
 
 
 @pytest.mark.parametrize("fn,message", [
-    (lambda x: x.flip(-1), "'flip' is not an operation"), (lambda x: F.interpolate(x, scale_factor=2), "'interpolate' is not"),
-    (lambda x: F.pad(x, (1, 1, 1, 1), "circular"), "circular"), (lambda x: x + F.avg_pool2d(x, 1, 2).repeat(1, 1, 2, 2), "'repeat' is not"),
-    (lambda x: x[..., ::2, ::2] + F.max_pool2d(x, 2), "'getitem' is not"), (lambda x: x*x.mean((2, 3), keepdim=True), "'mean' is not"),
-    (lambda x: F.max_pool2d(x[:, :, :4, :4], 1) + F.max_pool2d(x, 2, 2)[:, :, :4, :4], "'getitem' is not"), (lambda x: torch.zeros_like(x), "'zeros_like' is not")])
+    (lambda x: x.flip(-1), "'flip' is not an operation"),
+    (lambda x: F.interpolate(x, scale_factor=2), "'interpolate' is not"),
+    (lambda x: F.pad(x, (1, 1, 1, 1), "circular"), "circular"),
+    (lambda x: x + F.avg_pool2d(x, 1, 2).repeat(1, 1, 2, 2), "'repeat' is not"),
+    (lambda x: x[..., ::2, ::2] + F.max_pool2d(x, 2), "'getitem' is not"),
+    (lambda x: x*x.mean((2, 3), keepdim=True), "'mean' is not"),
+    (lambda x: F.max_pool2d(x[:, :, :4, :4], 1) + F.max_pool2d(x, 2, 2)[:, :, :4,
+                                                                        :4], "'getitem' is not"),
+    (lambda x: torch.zeros_like(x), "'zeros_like' is not")])
 def test_unknown_operations_are_refused_by_name(fn, message):
-    with pytest.raises(ValueError, match=f"field of 'last' cannot be told.*{message}"): receptive_field(Calls(fn).eval(), "last", (18, 18))
+    with pytest.raises(ValueError, match=f"field of 'last' cannot be told.*{message}"):
+        receptive_field(Calls(fn).eval(), "last", (18, 18))
 
 
 def test_branches_at_different_scales_are_refused():
-    model = Calls(lambda x: F.max_pool2d(x, 1, 2) + F.max_pool2d(x, 3, 1, 1).narrow(2, 0, 8).narrow(3, 0, 8)).eval()
-    with pytest.raises(ValueError, match="'narrow' is not"): receptive_field(model, "last", (18, 18))
-    with pytest.raises(ValueError, match="jumps of 2 and 1 pixels"): receptive_field(Calls(lambda x: F.max_pool2d(x, 1, 2) + F.max_pool2d(x, 9, 1)).eval(), "last", (18, 18))
+    model = Calls(lambda x: F.max_pool2d(x, 1, 2)
+                  + F.max_pool2d(x, 3, 1, 1).narrow(2, 0, 8).narrow(3, 0, 8)).eval()
+    with pytest.raises(ValueError, match="'narrow' is not"):
+        receptive_field(model, "last", (18, 18))
+    with pytest.raises(ValueError, match="jumps of 2 and 1 pixels"):
+        receptive_field(Calls(lambda x: F.max_pool2d(x, 1, 2) + F.max_pool2d(x, 9, 1)).eval(),
+                        "last", (18, 18))
 
 
 def test_nothing_is_left_on_the_model():
@@ -265,12 +323,14 @@ def test_nothing_is_left_on_the_model():
 
 
 def test_a_field_outside_the_image():
-    with pytest.raises(ValueError, match="sees nothing"): Field(Axis(3, 1, -9), Axis(3, 1, 0)).clipped((2, 2), (10, 10))
+    with pytest.raises(ValueError, match="sees nothing"):
+        Field(Axis(3, 1, -9), Axis(3, 1, 0)).clipped((2, 2), (10, 10))
 
 
 def test_the_effective_field_is_the_gradient():
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Conv2d(4, 2, 3)).eval(), torch.rand(2, 3, 9, 9, dtype=torch.double)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Conv2d(4, 2, 3)).eval()
+    x = torch.rand(2, 3, 9, 9, dtype=torch.double)
     model.double()
     energy, step = torch.zeros(9, 9, dtype=torch.double), 1e-5
     with torch.no_grad():
@@ -280,11 +340,14 @@ def test_the_effective_field_is_the_gradient():
                     for j in range(9):
                         d = torch.zeros(1, 3, 9, 9, dtype=torch.double)
                         d[0, c, i, j] = step
-                        energy[i, j] += ((model(x[n:n + 1] + d) - model(x[n:n + 1] - d))[0, 1, 2, 2]/(2*step))**2
-    torch.testing.assert_close(effective_field(model, "2:1", x), energy/energy.sum(), rtol=1e-4, atol=1e-7)
+                        energy[i, j] += ((model(x[n:n + 1] + d)
+                                          - model(x[n:n + 1] - d))[0, 1, 2, 2]/(2*step))**2
+    torch.testing.assert_close(effective_field(model, "2:1", x), energy/energy.sum(), rtol=1e-4,
+                               atol=1e-7)
 
 
 def test_a_unit_without_a_gradient_is_named():
     model = nn.Sequential(nn.Conv2d(3, 2, 3)).eval()
     nn.init.zeros_(model[0].weight)
-    with pytest.raises(ValueError, match="0:1 has no gradient"): effective_field(model, "0:1", torch.rand(1, 3, 5, 5))
+    with pytest.raises(ValueError, match="0:1 has no gradient"):
+        effective_field(model, "0:1", torch.rand(1, 3, 5, 5))

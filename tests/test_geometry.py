@@ -1,25 +1,45 @@
 "Geometry of feature directions: double loops as oracles, closed forms of every shape, invariance, noise, and what is refused."
-import itertools, math
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import special_ortho_group
 
-from superpos.geometry import (capacity, catalogue, components, deviation, dimensionality, dimensions_per_feature, gram, interference,
-                               norms, polytope, polytopes, rank, represented)
+from superpos.geometry import (
+    approximate_rank,
+    capacity,
+    components,
+    dimensionality,
+    dimensions_per_feature,
+    gram,
+    gram_deviation,
+    interference,
+    named_polytopes,
+    norms,
+    polytope,
+    polytopes,
+    represented,
+)
 
-everything = [(n, name, i) for n in (*range(1, 11), 12) for name, shapes in catalogue(n).items() for i in range(len(shapes))]
-shape_of = lambda n, name, i: catalogue(n)[name][i]
+everything = [(n, name, i) for n in (*range(1, 11), 12)
+              for name, shapes in named_polytopes(n).items() for i in range(len(shapes))]
+shape_of = lambda n, name, i: named_polytopes(n)[name][i]
 
-def random(seed, *shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 def turned(W, seed, m=None):
     "Rotated or reflected into m dimensions, features reordered."
     m = m or max(3, len(W))
-    turn = torch.from_numpy(special_ortho_group(m, seed=seed).rvs())*torch.tensor([-1. if seed % 2 else 1] + [1]*(m - 1))
-    return turn[:, :len(W)] @ W[:, torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(seed))]
+    turn = (torch.from_numpy(special_ortho_group(m, seed=seed).rvs())*torch.tensor(
+        [-1. if seed % 2 else 1] + [1]*(m - 1)))
+    return turn[:, :len(W)] @ W[:,
+                                torch.randperm(W.shape[1],
+                                               generator=torch.Generator().manual_seed(seed))]
 
 def distance(A, B):
     "Relative difference of the Gram matrices at the best scale, order kept."
@@ -43,8 +63,10 @@ def by_loops(W):
     length = [math.sqrt(dot(i, i)) for i in range(n)]
     share = lambda x, y: x/y if y else 0.
     paper = [sum(share(dot(i, j), length[i])**2 for j in range(n) if j != i) for i in range(n)]
-    angles = [sum(share(dot(i, j), length[i]*length[j])**2 for j in range(n) if j != i) for i in range(n)]
-    D = [share(length[i]**2, sum(share(dot(i, j), length[i])**2 for j in range(n))) for i in range(n)]
+    angles = [sum(share(dot(i, j), length[i]*length[j])**2 for j in range(n) if j != i)
+              for i in range(n)]
+    D = [share(length[i]**2, sum(share(dot(i, j), length[i])**2 for j in range(n)))
+         for i in range(n)]
     C = [share(dot(i, i)**2, sum(dot(i, j)**2 for j in range(n))) for i in range(n)]
     return length, [[dot(i, j) for j in range(n)] for i in range(n)], paper, angles, D, C
 
@@ -54,30 +76,39 @@ def test_measures_are_the_double_loops(m, n, seed, zero):
     W = random(seed, 2, 3, m, n)
     W[..., [i for i in zero if i < n]] = 0
     length, G, paper, angles, D, C = (torch.tensor(x, dtype=W.dtype) for x in by_loops(W[1, 2]))
-    pairs = ((norms(W), length), (gram(W), G), (interference(W), paper), (interference(W, normalised=True), angles), (dimensionality(W), D))
+    pairs = ((norms(W), length), (gram(W), G), (interference(W), paper),
+             (interference(W, normalised=True), angles), (dimensionality(W), D))
     for value, oracle in pairs:
         torch.testing.assert_close(value[1, 2], oracle)
     torch.testing.assert_close(D, C)
     torch.testing.assert_close(capacity(W)[1, 2], D.sum())
-    if W[1, 2].any(): torch.testing.assert_close(dimensions_per_feature(W)[1, 2], m/(length**2).sum())
+    if W[1, 2].any():
+        torch.testing.assert_close(dimensions_per_feature(W)[1, 2], m/(length**2).sum())
     assert torch.equal(represented(W, 1.)[1, 2], length > 1)
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 999))
 @settings(max_examples=30, deadline=None)
 def test_capacity_never_exceeds_the_dimensions(m, n, seed):
     W = random(seed, m, n)
-    assert (dimensionality(W) <= 1 + 1e-12).all() and capacity(W) <= rank(W, 0.).item() + 1e-9 and rank(W, 0.) <= min(m, n)
-    torch.testing.assert_close(dimensionality(turned(W, seed, m + 3)).sort().values, dimensionality(7*W).sort().values)
+    assert (dimensionality(W) <= 1 + 1e-12).all()
+    assert capacity(W) <= approximate_rank(W, 0.).item() + 1e-9
+    assert approximate_rank(W, 0.) <= min(m, n)
+    torch.testing.assert_close(dimensionality(turned(W, seed, m + 3)).sort().values,
+                               dimensionality(7*W).sort().values)
 
 def test_zeros_have_no_dimension_and_no_nan():
     W = torch.zeros(2, 3, 4)
-    assert dimensions_per_feature(W).isinf().all() and not rank(W).any() and not represented(W).any()
-    for measure in (norms, interference, dimensionality): assert torch.equal(measure(W), torch.zeros(2, 4))
-    assert torch.equal(interference(W, normalised=True), torch.zeros(2, 4)) and torch.equal(capacity(W), torch.zeros(2))
+    assert dimensions_per_feature(W).isinf().all() and not approximate_rank(W).any()
+    assert not represented(W).any()
+    for measure in (norms, interference, dimensionality):
+        assert torch.equal(measure(W), torch.zeros(2, 4))
+    assert torch.equal(interference(W, normalised=True), torch.zeros(2, 4))
+    assert torch.equal(capacity(W), torch.zeros(2))
     assert components(W[0]) == polytopes(W[0]) == []
 
 normalised = lambda W: interference(W, normalised=True)
-@pytest.mark.parametrize("measure", [norms, gram, interference, normalised, dimensionality, capacity, dimensions_per_feature])
+@pytest.mark.parametrize("measure", [norms, gram, interference, normalised, dimensionality,
+                                     capacity, dimensions_per_feature])
 def test_gradients(measure):
     assert torch.autograd.gradcheck(measure, random(0, 2, 3, 4).requires_grad_())
     holed = random(1, 3, 4).index_fill_(1, torch.tensor(2), 0).requires_grad_()
@@ -104,7 +135,8 @@ def test_components_are_those_of_a_plain_search(seed, threshold):
     assert components(W, threshold) == sorted({tuple(sorted(g)) for g in group.values()})
 
 def test_an_edge_needs_one_direction_only():
-    W = torch.tensor([[1., 2], [0, 4.]])  # the second projects on the first with 2, the first on the second with 0.447
+    # the second projects on the first with 2, the first on the second with 0.447
+    W = torch.tensor([[1., 2], [0, 4.]])
     assert components(W, 1.9) == [(0, 1)] and components(W, 2.1) == [(0,), (1,)]
 
 def test_only_represented_features_belong_somewhere():
@@ -117,19 +149,24 @@ def test_only_represented_features_belong_somewhere():
 
 flat = 1/(1 + 2*math.sqrt(2))
 closed_forms = {  # sorted cosines to the other features, for every kind of feature
-    ("digon", 2): [[-1]], ("triangle", 3): [[-1/2]*2], ("tetrahedron", 4): [[-1/3]*3], ("square", 4): [[-1, 0, 0]],
-    ("pentagon", 5): [[-(1 + 5**.5)/4]*2 + [(5**.5 - 1)/4]*2],
+    ("digon", 2): [[-1]], ("triangle", 3): [[-1/2]*2], ("tetrahedron", 4): [[-1/3]*3],
+    ("square", 4): [[-1, 0, 0]], ("pentagon", 5): [[-(1 + 5**.5)/4]*2 + [(5**.5 - 1)/4]*2],
     ("hexagon", 6): [[-1, -.5, -.5, .5, .5]], ("octahedron", 6): [[-1, 0, 0, 0, 0]],
-    ("octagon", 8): [[-1, -.5**.5, -.5**.5, 0, 0, .5**.5, .5**.5]], ("simplex", 5): [[-1/4]*4], ("simplex", 9): [[-1/8]*8],
-    ("triangular bipyramid", 5): [[-.5, -.5, 0, 0], [-1, 0, 0, 0]], ("cross polytope", 10): [[-1] + [0]*8],
-    ("pentagonal bipyramid", 7): [[-(1 + 5**.5)/4]*2 + [0, 0] + [(5**.5 - 1)/4]*2, [-1] + [0]*5], ("cube", 8): [[-1] + [-1/3]*3 + [1/3]*3],
-    ("square antiprism", 8): [[-flat - (1 - flat)/2**.5]*2 + [2*flat - 1] + [flat]*4], ("square pyramid", 5): [[-1, 0, 0, 0], [0]*4],
+    ("octagon", 8): [[-1, -.5**.5, -.5**.5, 0, 0, .5**.5, .5**.5]], ("simplex", 5): [[-1/4]*4],
+    ("simplex", 9): [[-1/8]*8],
+    ("triangular bipyramid", 5): [[-.5, -.5, 0, 0], [-1, 0, 0, 0]],
+    ("cross polytope", 10): [[-1] + [0]*8],
+    ("pentagonal bipyramid", 7): [[-(1 + 5**.5)/4]*2 + [0, 0] + [(5**.5 - 1)/4]*2, [-1] + [0]*5],
+    ("cube", 8): [[-1] + [-1/3]*3 + [1/3]*3],
+    ("square antiprism", 8): [[-flat - (1 - flat)/2**.5]*2 + [2*flat - 1] + [flat]*4],
+    ("square pyramid", 5): [[-1, 0, 0, 0], [0]*4],
     ("icosahedron", 12): [[-1] + [-5**-.5]*5 + [5**-.5]*5]}
 
 @pytest.mark.parametrize("name,n", closed_forms)
 def test_shapes_are_what_geometry_books_say(name, n):
-    shape, kinds = catalogue(n)[name][0], closed_forms[name, n]
-    rows = [sorted(row) for row in (gram(shape) - 2*torch.eye(n)).tolist()]  # the diagonal is −1 − eps, first
+    shape, kinds = named_polytopes(n)[name][0], closed_forms[name, n]
+    # the diagonal is −1 − eps, first
+    rows = [sorted(row) for row in (gram(shape) - 2*torch.eye(n)).tolist()]
     near = lambda a, b: np.allclose(a, b, atol=1e-12)
     assert all(any(near(sorted(row), sorted([-1.] + kind)) for kind in kinds) for row in rows)
     assert all(any(near(sorted(row), sorted([-1.] + kind)) for row in rows) for kind in kinds)
@@ -137,17 +174,21 @@ def test_shapes_are_what_geometry_books_say(name, n):
     assert {round(d, 9) for d in dimensionality(shape).tolist()} == expected
 
 def test_dimensionality_of_the_plateaus():
-    D = {name: dimensionality(catalogue(n)[name])[-1, 0].item() for name, n in closed_forms}
-    plateaus = {"digon": 1/2, "triangle": 2/3, "tetrahedron": 3/4, "pentagon": 2/5, "square antiprism": 3/8, "square pyramid": 3/5}
-    assert {name: pytest.approx(value) for name, value in plateaus.items()} == {name: D[name] for name in plateaus}
+    D = {name: dimensionality(named_polytopes(n)[name])[-1, 0].item() for name, n in closed_forms}
+    plateaus = {"digon": 1/2, "triangle": 2/3, "tetrahedron": 3/4, "pentagon": 2/5,
+                "square antiprism": 3/8, "square pyramid": 3/5}
+    assert ({name: pytest.approx(value) for name, value in plateaus.items()}
+            == {name: D[name] for name in plateaus})
 
 @pytest.mark.parametrize("n", range(3, 11))
 def test_families(n):
-    shapes = catalogue(n)
+    shapes = named_polytopes(n)
     assert (name := next(iter(shapes))) == {3: "triangle", 4: "tetrahedron"}.get(n, "simplex")
-    torch.testing.assert_close(dimensionality(shapes[name])[0], torch.full((n,), (n - 1)/n, dtype=torch.float64))
+    torch.testing.assert_close(dimensionality(shapes[name])[0],
+                               torch.full((n,), (n - 1)/n, dtype=torch.float64))
     polygon, = (s for s in shapes.values() if s.shape[1] == 2)
-    torch.testing.assert_close(dimensionality(polygon)[0], torch.full((n,), 2/n, dtype=torch.float64))
+    torch.testing.assert_close(dimensionality(polygon)[0],
+                               torch.full((n,), 2/n, dtype=torch.float64))
 
 # ---- naming
 
@@ -155,8 +196,9 @@ def test_families(n):
 @pytest.mark.parametrize("n,name,i", everything)
 def test_names_survive_rotation_reflection_order_and_scale(n, name, i):
     shape = shape_of(n, name, i)
-    for seed in (0, 1): assert polytope(10**(2*seed - 1)*turned(shape, seed, len(shape) + 3).float()) == name
-    assert rank(shape) == len(shape)
+    for seed in (0, 1):
+        assert polytope(10**(2*seed - 1)*turned(shape, seed, len(shape) + 3).float()) == name
+    assert approximate_rank(shape) == len(shape)
 
 @given(st.sampled_from(everything), st.integers(0, 9999))
 @settings(max_examples=30, deadline=None)
@@ -166,7 +208,9 @@ def test_half_the_tolerance_is_forgiven(which, seed):
     if n == 1: assert polytope(shape*(seed + 1)) == "single"
     else: assert polytope(turned(disturbed(shape, .05, seed), seed)) == name
 
-@pytest.mark.parametrize("n,name", sorted({(n, name) for n, name, _ in everything if 4 < n < 13 and name != "square antiprism"}))
+@pytest.mark.parametrize("n,name",
+                         sorted({(n, name) for n, name, _ in everything if 4 < n < 13
+                                 and name != "square antiprism"}))
 def test_far_more_than_the_tolerance_is_other(n, name):
     shape = shape_of(n, name, 0)
     noisy = disturbed(shape, .2, 0)
@@ -175,13 +219,15 @@ def test_far_more_than_the_tolerance_is_other(n, name):
     assert polytope(turned(noisy, 0), .25) == name
 
 def test_directions_at_random_have_no_name():
-    assert {polytope(random(seed, m, n)) for seed in range(5) for m, n in ((2, 5), (3, 8), (4, 9), (3, 12), (20, 40))} == {"other"}
+    assert {polytope(random(seed, m, n)) for seed in range(5)
+            for m, n in ((2, 5), (3, 8), (4, 9), (3, 12), (20, 40))} == {"other"}
 
 @pytest.mark.parametrize("fraction", [0, .2, .5, .8, 1])
 def test_every_height_between_is_still_an_antiprism(fraction):
     z2 = flat + fraction*(1/3 - flat)
     angles, up = torch.arange(8)*torch.pi/4, torch.tensor([1., -1]).repeat(4)*z2**.5
-    assert polytope(torch.stack([(1 - z2)**.5*angles.cos(), (1 - z2)**.5*angles.sin(), up])) == "square antiprism"
+    assert (polytope(torch.stack([(1 - z2)**.5*angles.cos(), (1 - z2)**.5*angles.sin(), up]))
+            == "square antiprism")
 
 def all_orders(A, B):
     G, R = (gram(V)/gram(V).norm() for V in (A, B))
@@ -191,10 +237,10 @@ def all_orders(A, B):
 
 @pytest.mark.parametrize("n", [2, 4, 5, 6])
 def test_deviation_is_the_best_over_all_orders(n):
-    for seed, shapes in enumerate(catalogue(n).values()):
+    for seed, shapes in enumerate(named_polytopes(n).values()):
         W = random(seed, 3, n)
-        assert deviation(W, shapes[-1]) == pytest.approx(all_orders(W, shapes[-1]), abs=1e-6)
-        assert deviation(shapes[-1], 3*W) == pytest.approx(all_orders(W, shapes[-1]), abs=1e-6)
+        assert gram_deviation(W, shapes[-1]) == pytest.approx(all_orders(W, shapes[-1]), abs=1e-6)
+        assert gram_deviation(shapes[-1], 3*W) == pytest.approx(all_orders(W, shapes[-1]), abs=1e-6)
 
 @given(st.integers(2, 6), st.integers(0, 999))
 @settings(max_examples=25, deadline=None)
@@ -208,12 +254,15 @@ def test_the_bound_rejects_nothing_within_reach(n, seed):
 def test_rank_is_the_cheapest_truncation(m, n, seed, tolerance):
     W = random(seed, m, n)*torch.logspace(0, -2, m, dtype=torch.float64)[:, None]
     U, s, V = torch.linalg.svd(W, full_matrices=False)
-    lost = [(gram(W) - gram(torch.diag(s[:k]) @ V[:k])).norm()/gram(W).norm() for k in range(len(s))] + [0]
-    assert rank(W, tolerance) == next(k for k, part in enumerate(lost) if part <= tolerance)
+    lost = ([(gram(W) - gram(torch.diag(s[:k]) @ V[:k])).norm()/gram(W).norm()
+             for k in range(len(s))] + [0])
+    assert (approximate_rank(W, tolerance) == next(k for k, part in enumerate(lost)
+                                                   if part <= tolerance))
 
 def test_a_model_of_many_shapes():
-    parts = [(2, "digon"), (3, "triangle"), (4, "tetrahedron"), (5, "pentagon"), (8, "square antiprism"), (2, "digon"), (1, "single")]
-    W = torch.block_diag(*(catalogue(n)[name][0] for n, name in parts))
+    parts = [(2, "digon"), (3, "triangle"), (4, "tetrahedron"), (5, "pentagon"),
+             (8, "square antiprism"), (2, "digon"), (1, "single")]
+    W = torch.block_diag(*(named_polytopes(n)[name][0] for n, name in parts))
     noisy = turned(W, 4) + .02*random(5, *W.shape)
     assert sorted(name for name, _ in polytopes(noisy)) == sorted(name for _, name in parts)
     assert sorted(i for _, features in polytopes(noisy) for i in features) == list(range(25))
@@ -224,16 +273,24 @@ def test_a_model_of_many_shapes():
 ok = torch.eye(2)
 @pytest.mark.parametrize("call,words", [
     (lambda: norms(torch.ones(3)), r"shape \(\.\.\., dimensions, features\), got \(3,\)"),
-    (lambda: gram([[1.]]), "torch tensor of floats"), (lambda: gram(ok.int()), "torch tensor of floats"),
+    (lambda: gram([[1.]]), "torch tensor of floats"),
+    (lambda: gram(ok.int()), "torch tensor of floats"),
     (lambda: dimensionality(ok/0), "not finite"), (lambda: capacity(ok*float("nan")), "not finite"),
-    (lambda: interference(ok*float("inf")), "not finite"), (lambda: dimensions_per_feature(ok*float("nan")), "not finite"),
-    (lambda: components(ok[None]), "takes one model"), (lambda: polytope(ok[None]), "takes one model"),
-    (lambda: polytopes(ok[None]), "takes one model"), (lambda: deviation(ok, ok[None]), "takes one model"),
-    (lambda: components(ok, -.1), "threshold must be at least 0, got -0.1"), (lambda: represented(ok, -1), "threshold"),
-    (lambda: polytope(ok, -.1), "tolerance"), (lambda: polytope(ok, 1), "below 1"), (lambda: rank(ok, float("nan")), "tolerance"),
-    (lambda: polytope(0*ok), "no feature that is not zero"), (lambda: polytope(ok[:, :0]), "no feature that is not zero"),
-    (lambda: deviation(ok, torch.eye(3)), "equally many features"), (lambda: deviation(ok, 0*ok), "every feature is zero"),
-    (lambda: catalogue(0), "at least one feature")])
+    (lambda: interference(ok*float("inf")), "not finite"),
+    (lambda: dimensions_per_feature(ok*float("nan")), "not finite"),
+    (lambda: components(ok[None]), "takes one model"),
+    (lambda: polytope(ok[None]), "takes one model"),
+    (lambda: polytopes(ok[None]), "takes one model"),
+    (lambda: gram_deviation(ok, ok[None]), "takes one model"),
+    (lambda: components(ok, -.1), "threshold must be at least 0, got -0.1"),
+    (lambda: represented(ok, -1), "threshold"),
+    (lambda: polytope(ok, -.1), "tolerance"), (lambda: polytope(ok, 1), "below 1"),
+    (lambda: approximate_rank(ok, float("nan")), "tolerance"),
+    (lambda: polytope(0*ok), "no feature that is not zero"),
+    (lambda: polytope(ok[:, :0]), "no feature that is not zero"),
+    (lambda: gram_deviation(ok, torch.eye(3)), "equally many features"),
+    (lambda: gram_deviation(ok, 0*ok), "every feature is zero"),
+    (lambda: named_polytopes(0), "at least one feature")])
 def test_refused_in_one_sentence(call, words):
     with pytest.raises(ValueError, match=words) as error: call()
     assert "\n" not in str(error.value)

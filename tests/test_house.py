@@ -32,12 +32,14 @@ def cells(nb):
 def code_cells(nb):
     for where, cell, source in cells(nb):
         if cell["cell_type"] == "code":
-            directives = extract_directives(dict2nb(cells=[dict(cell, source=source)]).cells[0], remove=False)
+            directives = extract_directives(dict2nb(cells=[dict(cell, source=source)]).cells[0],
+                                            remove=False)
             yield where, cell, source, directives
 
 
 def is_slow(directives):
-    return bool({"slow", "gpu"} & set(directives)) or directives.get("eval:", [""])[0].lower() == "false"
+    return (bool({"slow", "gpu"} & set(directives)) or directives.get("eval:", [""])[0].lower()
+            == "false")
 
 
 def has_picture(cell):
@@ -46,16 +48,18 @@ def has_picture(cell):
 
 def figures_are_described(nb):
     for where, cell, source, directives in code_cells(nb):
-        head = [line[2:] for line in source.splitlines() if re.match(r"#\| *[\w-]+:", line)]
+        head = [line[2:] for line in source.splitlines() if re.match(r"#\| *[\w-]+:|#\|  ", line)]
         try: options = yaml.safe_load("\n".join(head)) or {}
         except yaml.YAMLError as problem:
             yield f"{where}: its options are not YAML: {problem}"
             continue
         given = [k for k in ("label", "fig-cap", "fig-alt") if options.get(k)]
         if not (has_picture(cell) or given): continue
-        if len(given) < 3 or not options["label"].startswith("fig-"): yield f"{where}: a figure needs label (fig-...), fig-cap and fig-alt"
+        if len(given) < 3 or not options["label"].startswith("fig-"):
+            yield f"{where}: a figure needs label (fig-...), fig-cap and fig-alt"
         if "$" in str(options.get("fig-cap")): yield f"{where}: a caption cannot hold LaTeX"
-        if not is_slow(directives) and not has_picture(cell): yield f"{where}: its figure has not been drawn; run `make site`"
+        if not is_slow(directives) and not has_picture(cell):
+            yield f"{where}: its figure has not been drawn; run `make site`"
 
 
 def imports_stand_alone(nb):
@@ -67,15 +71,19 @@ def imports_stand_alone(nb):
 
 def no_cell_failed(nb):
     for where, cell, _, _ in code_cells(nb):
-        if any(out["output_type"] == "error" for out in cell["outputs"]): yield f"{where}: holds an error"
+        if any(out["output_type"] == "error" for out in cell["outputs"]):
+            yield f"{where}: holds an error"
 
 
 def outputs_name_no_folder(nb):
-    absolute = re.compile(r"(?<![\w.:/<-])(?:/(?:home|root|tmp|usr|opt|var|mnt|Users|private|work|data|etc)/\w|[A-Z]:\\\w)")
+    absolute = re.compile(
+        r"(?<![\w.:/<-])(?:/(?:home|root|tmp|usr|opt|var|mnt|Users|private|work|data|etc)/\w|[A-Z]:\\\w)")
     for where, cell, _, _ in code_cells(nb):
         texts = [out.get("text", "") for out in cell["outputs"]]
-        texts += [text for out in cell["outputs"] for mime, text in out.get("data", {}).items() if mime.startswith("text/")]
-        for found in absolute.findall("\n".join("".join(t) for t in texts)): yield f"{where}: an absolute path ({found}...) in its output"
+        texts += [text for out in cell["outputs"] for mime, text in out.get("data", {}).items()
+                  if mime.startswith("text/")]
+        for found in absolute.findall("\n".join("".join(t) for t in texts)):
+            yield f"{where}: an absolute path ({found}...) in its output"
 
 
 def slow_cells_are_empty(nb):
@@ -91,12 +99,13 @@ def is_clean(nb):
 
 def title_stands_alone(nb):
     lines = [line for line in "".join(nb["cells"][0]["source"]).splitlines() if line.strip()]
-    if nb["cells"][0]["cell_type"] != "markdown" or len(lines) != 2 or not lines[0].startswith("# ") or not lines[1].startswith("> "):
+    if (nb["cells"][0]["cell_type"] != "markdown" or len(lines) != 2
+        or not lines[0].startswith("# ") or not lines[1].startswith("> ")):
         yield "cell 1: holds a '# title', a '> description' and nothing else (nbdev drops what follows them in the same cell)"
 
 
-rules = [figures_are_described, imports_stand_alone, no_cell_failed, outputs_name_no_folder, slow_cells_are_empty, is_clean,
-         title_stands_alone]
+rules = [figures_are_described, imports_stand_alone, no_cell_failed, outputs_name_no_folder,
+         slow_cells_are_empty, is_clean, title_stands_alone]
 
 
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.stem)
@@ -107,28 +116,36 @@ def test_notebook(rule, page):
 
 
 def bad_cell(source, **output):
-    return dict(cell_type="code", id="a", metadata={}, execution_count=None, source=[source], outputs=[output] if output else [])
+    return dict(cell_type="code", id="a", metadata={}, execution_count=None, source=[source],
+                outputs=[output] if output else [])
 
 
-png, stream = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo="}), dict(output_type="stream", name="stdout")
+png = dict(output_type="display_data", metadata={}, data={"image/png": "iVBORw0KGgo="})
+stream = dict(output_type="stream", name="stdout")
 bad = [
     (figures_are_described, bad_cell("#| label: fig-a\n#| fig-cap: seen\nplot()", **png)),
     (figures_are_described, bad_cell("plot()", **png)),
-    (figures_are_described, bad_cell('#| label: fig-a\n#| fig-cap: "the value $x$"\n#| fig-alt: a\nplot()', **png)),
-    (figures_are_described, bad_cell('#| label: fig-a\n#| fig-cap: "a "quoted" word"\n#| fig-alt: a\nplot()', **png)),
+    (figures_are_described, bad_cell('#| label: fig-a\n#| fig-cap: "the value $x$"\n#| fig-alt: '
+                                     'a\nplot()', **png)),
+    (figures_are_described, bad_cell('#| label: fig-a\n#| fig-cap: "a "quoted" word"\n#| fig-alt: '
+                                     'a\nplot()', **png)),
     (figures_are_described, bad_cell("#| label: fig-a\n#| fig-cap: seen\n#| fig-alt: a\nplot()")),
     (imports_stand_alone, bad_cell("import torch\nx = 1")),
-    (no_cell_failed, bad_cell("1/0", output_type="error", ename="ZeroDivisionError", evalue="", traceback=[])),
+    (no_cell_failed, bad_cell("1/0", output_type="error", ename="ZeroDivisionError", evalue="",
+                              traceback=[])),
     (outputs_name_no_folder, bad_cell("1", **stream, text=["saved to /home/me/a.png"])),
-    (outputs_name_no_folder, bad_cell("1", output_type="display_data", metadata={}, data={"text/plain": ["PosixPath('/tmp/x')"]})),
+    (outputs_name_no_folder, bad_cell("1", output_type="display_data", metadata={},
+                                      data={"text/plain": ["PosixPath('/tmp/x')"]})),
     (slow_cells_are_empty, bad_cell("#| slow\n1", **stream, text=["1"])),
     (slow_cells_are_empty, bad_cell("#| eval: false\n1", **stream, text=["1"])),
     (is_clean, dict(bad_cell("1"), execution_count=3)),
-    (title_stands_alone, dict(cell_type="markdown", id="a", metadata={}, source=["# Title\n\n> Description.\n\nText."])),
+    (title_stands_alone, dict(cell_type="markdown", id="a", metadata={},
+                              source=["# Title\n\n> Description.\n\nText."])),
 ]
 
 
-@pytest.mark.parametrize("rule,cell", bad, ids=[f"{rule.__name__}-{n}" for n, (rule, _) in enumerate(bad)])
+@pytest.mark.parametrize("rule,cell", bad,
+                         ids=[f"{rule.__name__}-{n}" for n, (rule, _) in enumerate(bad)])
 def test_rules_see_what_is_wrong(rule, cell):
     assert len(list(rule(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))) == 1
 
@@ -143,7 +160,8 @@ def test_notebook_is_written_as_nbdev_writes_it(page):
 
 
 def floor():
-    exports = {p: re.search(r"#\| *default_exp +(\w+)", p.read_text(encoding="utf-8")) for p in pages}
+    exports = {p: re.search(r"#\| *default_exp +(\w+)", p.read_text(encoding="utf-8"))
+               for p in pages}
     return {found[1]: int(p.name[:2]) for p, found in exports.items() if found}
 
 
@@ -162,9 +180,11 @@ def test_module_imports_only_lower_floors(module):
 def test_module_needs_only_numerical_packages(module):
     allowed = {*sys.stdlib_module_names, "torch", "torchvision", "numpy", "scipy", "sklearn"}
     if module.stem == "plot": allowed |= {"matplotlib", "seaborn"}
-    if module.stem == "fused": allowed |= {"numba"}  # imported by `toy.train` alone, and only where numba is there
+    # imported by `toy.train` alone, and only where numba is there
+    if module.stem == "fused": allowed |= {"numba"}
     nodes = ast.parse(module.read_text(encoding="utf-8")).body
-    names = [n for node in nodes if isinstance(node, ast.Import) for n in (a.name for a in node.names)]
+    names = [n for node in nodes if isinstance(node, ast.Import)
+             for n in (a.name for a in node.names)]
     names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
     assert not {n.split(".")[0] for n in names} - allowed, "import it in the function that uses it"
 
@@ -172,11 +192,13 @@ def test_module_needs_only_numerical_packages(module):
 def undocumented(source):
     "What is missing: a docstring of a public function, class or method, a comment beside a function's parameter or a dataclass's field."
     lines = io.StringIO(source).readline
-    commented = {token.start[0] for token in tokenize.generate_tokens(lines) if token.type == tokenize.COMMENT}
+    commented = {token.start[0] for token in tokenize.generate_tokens(lines) if token.type
+                 == tokenize.COMMENT}
 
     def bare(nodes):  # those without a comment of their own on one of their lines
         spans = [set(range(node.lineno, node.end_lineno + 1)) & commented for node in nodes]
-        return [node for k, node in enumerate(nodes) if not spans[k].difference(*spans[:k], *spans[k + 1:])]
+        return [node for k, node in enumerate(nodes)
+                if not spans[k].difference(*spans[:k], *spans[k + 1:])]
 
     def visit(node, name, is_method=False):
         is_class = isinstance(node, ast.ClassDef)
@@ -186,14 +208,17 @@ def undocumented(source):
             yield from (f"{name}: {field.target.id} has no comment" for field in bare(fields))
         if not (is_class or is_method):
             given = node.args
-            parameters = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
-            yield from (f"{name}: {a.arg} has no comment" for a in bare([a for a in parameters if a]))
+            parameters = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs,
+                          given.kwarg]
+            yield from (f"{name}: {a.arg} has no comment"
+                        for a in bare([a for a in parameters if a]))
         for method in node.body if is_class else ():
             if isinstance(method, ast.FunctionDef) and method.name[0] != "_":
                 yield from visit(method, f"{name}.{method.name}", is_method=True)
 
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_": yield from visit(node, node.name)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+            yield from visit(node, node.name)
 
 
 @pytest.mark.parametrize("module", modules, ids=lambda p: p.stem)
@@ -203,10 +228,12 @@ def test_public_names_are_documented(module):
 
 
 @pytest.mark.parametrize("source,missing", [
-    ('def f(\n    a: int,  # a number\n    /, *,\n    b=1,\n    **c,  # more\n) -> int:  # a number\n    "Adds."', ["f: b has no comment"]),
+    ('def f(\n    a: int,  # a number\n    /, *,\n    b=1,\n    **c,  # more\n) -> int:  # a '
+     'number\n    "Adds."', ["f: b has no comment"]),
     ("def f(a: int): pass", ["f has no docstring", "f: a has no comment"]),
     ('def f(a, b):  # both\n    "Adds."', ["f: a has no comment", "f: b has no comment"]),
-    ('@dataclass(frozen=True)\nclass A:\n    "Holds."\n    x: int  # a number\n    y: int\n    def m(self): pass',
+    ('@dataclass(frozen=True)\nclass A:\n    "Holds."\n    x: int  # a number\n    y: int\n    def '
+     'm(self): pass',
      ["A: y has no comment", "A.m has no docstring"]),
     ('def _f(a): pass\nclass B(Exception): "Bad."\nx = 1', [])])
 def test_undocumented_is_seen(source, missing):
@@ -218,8 +245,10 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     shutil.copy(root/"settings.ini", tmp_path)
     (tmp_path/"superpos").mkdir()
     shutil.copy(root/"superpos"/"__init__.py", tmp_path/"superpos")
-    subprocess.run([shutil.which("nbdev_export", path=Path(sys.executable).parent)], cwd=tmp_path, check=True, capture_output=True)
-    fresh, kept = ({p.name: p.read_text(encoding="utf-8") for p in (folder/"superpos").glob("*.py")} for folder in (tmp_path, root))
+    subprocess.run([shutil.which("nbdev_export", path=Path(sys.executable).parent)], cwd=tmp_path,
+                   check=True, capture_output=True)
+    fresh, kept = ({p.name: p.read_text(encoding="utf-8")
+                    for p in (folder/"superpos").glob("*.py")} for folder in (tmp_path, root))
     assert sorted(fresh) == sorted(kept)
     assert not [name for name in fresh if fresh[name] != kept[name]], "run nbdev_export"
 
@@ -243,5 +272,6 @@ def test_addresses_differ():
 
 
 def test_readme_is_the_first_page():
-    stale = [path.name for path, contents in readme(root).items() if not path.exists() or path.read_bytes() != contents]
+    stale = [path.name for path, contents in readme(root).items() if not path.exists()
+             or path.read_bytes() != contents]
     assert not stale, "run `make site`"

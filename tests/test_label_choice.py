@@ -16,23 +16,29 @@ def study():
     for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and "#| slow" not in source:
-            body = [node for node in ast.parse(source).body if isinstance(node, kept) or ast.unparse(node).startswith("unused =")]
+            body = [node for node in ast.parse(source).body if isinstance(node, kept)
+                    or ast.unparse(node).startswith("unused =")]
             exec(compile(ast.Module(body, []), page.name, "exec"), names)
     return names
 
 
 @pytest.fixture
 def brief(study):
-    given = study["studies"]("laptop")["digits: primary"] | dict(steps=8, each=20, chunk=20, loops=3)
-    return given | dict(arms=[("least_confidence", "sequential"), ("shuffled", "sequential"), ("full", "sequential")], seeds=1)
+    given = (study["studies"]("laptop")["digits: primary"]
+             | dict(steps=8, each=20, chunk=20, loops=3))
+    return given | dict(arms=[("least_confidence", "sequential"), ("shuffled", "sequential"),
+                              ("full", "sequential")], seeds=1)
 
 
 def test_a_study_goes_on_where_it_stopped(study, brief, tmp_path):
     first = study["tables"](tmp_path, **brief)["loops"]
     saved = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")}
     both = study["tables"](tmp_path, **brief | dict(seeds=2))["loops"]
-    assert len(saved) == 3 and all(p.stat().st_mtime_ns == t for p, t in saved.items()) and len(list(tmp_path.glob("*.json"))) == 6
-    assert both[both.seed == 1].reset_index(drop=True).equals(first) and not both[both.seed == 2].reset_index(drop=True).equals(first)
+    assert len(saved) == 3
+    assert all(p.stat().st_mtime_ns == t for p, t in saved.items())
+    assert len(list(tmp_path.glob("*.json"))) == 6
+    assert both[both.seed == 1].reset_index(drop=True).equals(first)
+    assert not both[both.seed == 2].reset_index(drop=True).equals(first)
 
 
 def test_one_network_is_kept_of_each_run(study, brief, tmp_path):
@@ -43,8 +49,11 @@ def test_one_network_is_kept_of_each_run(study, brief, tmp_path):
 def test_arms_share_what_they_should(study, brief, tmp_path):
     chosen, shuffled, full = (study["run"](tmp_path, **job).value for job in study["jobs"](**brief))
     flat = lambda found: np.concatenate(found["asked"])
-    assert (chosen["asked"][0] == shuffled["asked"][0]).all() and sorted(flat(chosen)) == sorted(flat(shuffled)) and (flat(chosen) != flat(shuffled)).any()
-    assert len(full["asked"][0]) == 200 and full["loops"].steps.iloc[-1] == chosen["loops"].steps.iloc[-1] == 24
+    assert (chosen["asked"][0] == shuffled["asked"][0]).all()
+    assert sorted(flat(chosen)) == sorted(flat(shuffled))
+    assert (flat(chosen) != flat(shuffled)).any()
+    assert len(full["asked"][0]) == 200
+    assert full["loops"].steps.iloc[-1] == chosen["loops"].steps.iloc[-1] == 24
     assert chosen["loops"].accuracy[0] == shuffled["loops"].accuracy[0]
 
 
@@ -52,7 +61,8 @@ def test_pools_of_a_seed_are_balanced_and_apart_from_the_test_images(study):
     images, test = study["pool_and_test"]("digits", 8, 10, 60, 0, 3)
     assert (np.bincount(images.labels) == 60).all() and len(images) + len(test) == 1797
     seen = {p.tobytes() for p in images.source}
-    assert sum(p.tobytes() in seen for p in test.source) < 5          # scikit-learn's set has a few copies of its own
+    # scikit-learn's set has a few copies of its own
+    assert sum(p.tobytes() in seen for p in test.source) < 5
 
 
 @pytest.mark.parametrize("values", [[.01, .02, .03], [.5, .001, .04, .04]])

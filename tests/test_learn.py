@@ -20,12 +20,26 @@ from superpos import learn
 from superpos.acquire import largest, least_confidence, query, strategies, strategy
 from superpos.core import cached, decode, encode
 from superpos.data import Images, digits, shapes
-from superpos.learn import Plan, Record, Resident, evaluate, experiment, head, load_loop, network, reliability, saved_loops, scan, train
+from superpos.learn import (
+    Plan,
+    ResidentImages,
+    RunRecord,
+    evaluate,
+    experiment,
+    linear_head,
+    load_loop,
+    logits_and_features,
+    network,
+    reliability,
+    saved_loops,
+    train,
+)
 from superpos.model import SmallAlexNet, fingerprint, imagenet_input
 
 everything = digits()
 images, test = everything.select(slice(0, 200)), everything.select(slice(200, 300))
-small = Plan(first=20, ask=10, loops=3, steps=6, batch=8, network="resnet8_half", lr=.05, pad=1, flip=False)
+small = Plan(first=20, ask=10, loops=3, steps=6, batch=8, network="resnet8_half", lr=.05, pad=1,
+             flip=False)
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +50,15 @@ def few_classes_are_no_news():
 
 
 def run(folder=None, chunks=None, **changes):
-    return experiment(dataclasses.replace(small, **changes), images, test, folder, chunks, "cpu", every=0)
+    return experiment(dataclasses.replace(small, **changes), images, test, folder, chunks, "cpu",
+                      every=0)
 
 
 def same(a, b):
-    assert a.weights == b.weights and all(np.array_equal(x, y) for x, y in zip(a.asked, b.asked, strict=True))
-    for name in ("accuracy", "loss", "ece", "counts", "steps", "labelled"): assert np.array_equal(getattr(a, name), getattr(b, name)), name
+    assert a.weights == b.weights
+    assert all(np.array_equal(x, y) for x, y in zip(a.asked, b.asked, strict=True))
+    for name in ("accuracy", "loss", "ece", "counts", "steps", "labelled"):
+        assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
 # ---- batches
@@ -50,13 +67,16 @@ def same(a, b):
 @pytest.mark.parametrize("flip", [False, True])
 def test_crops_are_crops(flip):
     toys, pad, n = shapes(20, size=16), 3, 400
-    data, rows = Resident(toys, "cpu", pad), torch.arange(n) % 20
+    data, rows = ResidentImages(toys, "cpu", pad), torch.arange(n) % 20
     found = data.batch(rows, torch.Generator().manual_seed(1), flip)
     seen = set()
     for row, x in zip(rows.tolist(), found):
         padded = torch.nn.functional.pad(toys[row], [pad]*4)
-        ways = {(i, j, m): padded[:, i:i + 16, j:j + 16].flip(2) if m else padded[:, i:i + 16, j:j + 16] for i in range(7) for j in range(7) for m in (False, True)}
-        places = [place for place, way in ways.items() if torch.allclose(imagenet_input(way), x, atol=1e-5)]
+        ways = {(i, j, m): padded[:, i:i + 16, j:j + 16].flip(2) if m
+                else padded[:, i:i + 16, j:j + 16] for i in range(7) for j in range(7)
+                for m in (False, True)}
+        places = [place for place, way in ways.items() if torch.allclose(imagenet_input(way), x,
+                                                                         atol=1e-5)]
         assert places, "no crop of the image"
         if len(places) == 1: seen.add(places[0])
     assert {i for i, _, _ in seen} == {j for _, j, _ in seen} == set(range(7))
@@ -77,9 +97,11 @@ def test_stems_and_pretrained_weights(tmp_path):
     plain = learn.load_model("resnet18")
     save_file(plain.state_dict(), tmp_path/"w.safetensors")
     ours = network("resnet18", 5, str(tmp_path/"w.safetensors"))
-    assert torch.equal(ours.layer4[1].conv2.weight, plain.layer4[1].conv2.weight) and ours.fc.weight.shape == (5, 512)
+    assert torch.equal(ours.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
+    assert ours.fc.weight.shape == (5, 512)
     assert ours.training and all(p.requires_grad for p in ours.parameters())
-    assert ours.conv1.kernel_size == (7, 7) and network("resnet18_3x3", 5).conv1.kernel_size == (3, 3)
+    assert ours.conv1.kernel_size == (7, 7)
+    assert network("resnet18_3x3", 5).conv1.kernel_size == (3, 3)
     assert network("resnet18_3x3", 5).layer1(torch.zeros(1, 64, 32, 32)).shape == (1, 64, 32, 32)
 
 
@@ -91,19 +113,23 @@ def test_a_network_does_not_touch_the_global_generator():
 
 
 def test_scan_is_a_forward_pass():
-    data, model = Resident(images, "cpu", pad=2), network("resnet8", 10)
+    data, model = ResidentImages(images, "cpu", pad=2), network("resnet8", 10)
     rows = torch.tensor([3, 9, 4])
-    logits, features = scan(model, data, rows, batch=2)
+    logits, features = logits_and_features(model, data, rows, batch=2)
     model.eval()
-    with torch.no_grad(): expected = model(imagenet_input(torch.stack([images[i] for i in rows.tolist()])))
-    assert torch.allclose(logits, expected, atol=1e-5) and torch.allclose(head(model)(features), expected, atol=1e-5)
-    assert not head(model)._forward_pre_hooks
+    with torch.no_grad():
+        expected = model(imagenet_input(torch.stack([images[i] for i in rows.tolist()])))
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert torch.allclose(linear_head(model)(features), expected, atol=1e-5)
+    assert not linear_head(model)._forward_pre_hooks
 
 
 def test_measures_agree_with_scikit_learn():
-    data, model = Resident(test, "cpu"), network("resnet8", 10)
-    found, logits = evaluate(model, data), scan(model, data)[0]
-    assert found["accuracy"] == accuracy_score(test.labels, logits.argmax(1)) and found["loss"] == pytest.approx(log_loss(test.labels, logits.double().softmax(1), labels=range(10)))
+    data, model = ResidentImages(test, "cpu"), network("resnet8", 10)
+    found, logits = evaluate(model, data), logits_and_features(model, data)[0]
+    assert found["accuracy"] == accuracy_score(test.labels, logits.argmax(1))
+    assert found["loss"] == pytest.approx(log_loss(test.labels, logits.double().softmax(1),
+                                                   labels=range(10)))
 
 
 def test_calibration_error_by_its_definition():
@@ -113,9 +139,13 @@ def test_calibration_error_by_its_definition():
     expected = 0.
     for k in range(15):
         inside = (sure >= k/15) & (sure < (k + 1)/15)
-        if inside.any(): expected += inside.sum().item()/500*abs((sure[inside].mean() - (said == labels)[inside].double().mean()).item())
+        if inside.any():
+            expected += (inside.sum().item()/500*abs((sure[inside].mean()
+                                                      - (said == labels)[
+                                                          inside].double().mean()).item()))
     confidence, accuracy, share = reliability(logits, labels)
-    assert np.nansum(share*abs(confidence - accuracy)) == pytest.approx(expected) and share.sum() == pytest.approx(1)
+    assert np.nansum(share*abs(confidence - accuracy)) == pytest.approx(expected)
+    assert share.sum() == pytest.approx(1)
     certain = reliability(torch.tensor([[100., 0]]), torch.tensor([0]))
     assert certain[0][-1] == certain[1][-1] == certain[2][-1] == 1
 
@@ -126,44 +156,52 @@ def test_calibration_error_by_its_definition():
 def plain_training(plan, rows):
     "The same training, written down plainly."
     model = network(plan.network, 10, seed=3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=.9, nesterov=True, weight_decay=plan.decay)
-    data = Resident(images, "cpu", plan.pad)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=.9, nesterov=True,
+                                weight_decay=plan.decay)
+    data = ResidentImages(images, "cpu", plan.pad)
     for step in range(plan.steps):
-        at, rng = learn._positions(len(rows), plan.batch, step, plan.seed, 0), learn._rng(plan.seed, 0, "step", step)
-        optimizer.param_groups[0]["lr"] = plan.lr*min(1, (step + 1)/max(1, plan.steps//20))*.5*(1 + math.cos(math.pi*step/plan.steps))
+        at = learn._positions(len(rows), plan.batch, step, plan.seed, 0)
+        rng = learn._rng(plan.seed, 0, "step", step)
+        optimizer.param_groups[0]["lr"] = (plan.lr*min(1, (step + 1)/max(1, plan.steps//20))*.5*(
+            1 + math.cos(math.pi*step/plan.steps)))
         model.train()
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(data.batch(rows[at], rng, plan.flip)), torch.from_numpy(images.labels)[rows[at]]).backward()
+        torch.nn.functional.cross_entropy(model(data.batch(rows[at], rng, plan.flip)),
+                                          torch.from_numpy(images.labels)[rows[at]]).backward()
         optimizer.step()
     return model
 
 
 def test_training_is_what_it_says():
     plan, rows = dataclasses.replace(small, steps=40, flip=True), torch.arange(5, 95)
-    model, data = network(plan.network, 10, seed=3), Resident(images, "cpu", plan.pad)
+    model, data = network(plan.network, 10, seed=3), ResidentImages(images, "cpu", plan.pad)
     train(model, learn._optimizer(model, plan), data, rows, plan)
-    for a, b in zip(model.state_dict().values(), plain_training(plan, rows).state_dict().values()): assert torch.allclose(a, b, atol=1e-5)
+    for a, b in zip(model.state_dict().values(), plain_training(plan, rows).state_dict().values()):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_dropped_features_are_the_rate():
     plan, before, after = dataclasses.replace(small, dropout=.25, steps=60), [], []
-    model, data = network(plan.network, 10), Resident(images, "cpu", 1)
-    first = head(model).register_forward_pre_hook(lambda module, given: before.append(given[0]))
-    head(model).register_forward_hook(lambda module, given, out: after.append(given[0]))
+    model, data = network(plan.network, 10), ResidentImages(images, "cpu", 1)
+    first = linear_head(model).register_forward_pre_hook(lambda module, given: before.append(
+        given[0]))
+    linear_head(model).register_forward_hook(lambda module, given, out: after.append(given[0]))
     train(model, learn._optimizer(model, plan), data, torch.arange(50), plan)
     before, after = torch.cat(before), torch.cat(after)
     kept = after[before > 0] > 0
     assert kept.float().mean() == pytest.approx(.75, abs=4*math.sqrt(.75*.25/len(kept)))
     assert torch.allclose(after[before > 0][kept], before[before > 0][kept]/.75)
     first.remove()
-    assert not head(model)._forward_pre_hooks
+    assert not linear_head(model)._forward_pre_hooks
 
 
 # ---- runs
 
 
 def test_arms_of_a_seed_are_pairs():
-    arms = [run(strategy=s, protocol=p) for s, p in (("random", "sequential"), ("margin", "cumulative_warm"), ("core_set", "cumulative_cold"))]
+    arms = [run(strategy=s, protocol=p)
+            for s, p in (("random", "sequential"), ("margin", "cumulative_warm"),
+                         ("core_set", "cumulative_cold"))]
     assert len({tuple(a.asked[0]) for a in arms}) == len({(a.loss[0], a.ece[0]) for a in arms}) == 1
     other = run(seed=1)
     assert set(other.asked[0]) != set(arms[0].asked[0]) and other.loss[0] != arms[0].loss[0]
@@ -172,7 +210,8 @@ def test_arms_of_a_seed_are_pairs():
 @pytest.mark.parametrize("protocol", learn.protocols)
 def test_protocols_by_hand(protocol):
     record = run(protocol=protocol, strategy="entropy")
-    plan, data = dataclasses.replace(small, protocol=protocol), Resident(images, "cpu", small.pad)
+    plan = dataclasses.replace(small, protocol=protocol)
+    data = ResidentImages(images, "cpu", small.pad)
     fresh = lambda: network(plan.network, 10, seed=learn._seed(0, "weights"))
     model = fresh()
     optimizer, labelled = learn._optimizer(model, plan), []
@@ -181,17 +220,21 @@ def test_protocols_by_hand(protocol):
         if protocol == "cumulative_cold" and loop:
             model = fresh()
             optimizer = learn._optimizer(model, plan)
-        train(model, optimizer, data, torch.tensor(new.tolist() if protocol == "sequential" else labelled), plan, loop)
-        found = evaluate(model, Resident(test, "cpu"))
-        assert (found["accuracy"], found["loss"], found["ece"]) == (record.accuracy[loop], record.loss[loop], record.ece[loop])
+        train(model, optimizer, data, torch.tensor(new.tolist() if protocol == "sequential"
+                                                   else labelled), plan, loop)
+        found = evaluate(model, ResidentImages(test, "cpu"))
+        assert ((found["accuracy"], found["loss"], found["ece"])
+                == (record.accuracy[loop], record.loss[loop], record.ece[loop]))
         if loop < 2:
             rest = [i for i in range(200) if i not in labelled]
-            probabilities = scan(model, data, torch.tensor(rest))[0].double().softmax(1)
+            probabilities = logits_and_features(model, data,
+                                                torch.tensor(rest))[0].double().softmax(1)
             entropy = dict(zip(rest, torch.special.entr(probabilities).sum(1).tolist()))
             assert record.asked[loop + 1].tolist() == sorted(rest, key=lambda i: -entropy[i])[:10]
     assert fingerprint(model) == record.weights
     assert record.steps.tolist() == [6, 12, 18] and record.labelled.tolist() == [20, 30, 40]
-    assert (record.counts == [np.bincount(images.labels[rows], minlength=10) for rows in record.asked]).all()
+    assert (record.counts == [np.bincount(images.labels[rows], minlength=10)
+                              for rows in record.asked]).all()
 
 
 @pytest.mark.parametrize("name", strategies)
@@ -203,7 +246,8 @@ def test_every_strategy_runs(name):
 @pytest.mark.parametrize("committee", ["seeds", "checkpoints"])
 def test_committees(committee, monkeypatch):
     pools = []
-    monkeypatch.setattr(learn, "query", lambda pool, *rest: (pools.append(pool), query(pool, *rest))[1])
+    monkeypatch.setattr(learn, "query", lambda pool, *rest: (pools.append(pool),
+                                                             query(pool, *rest))[1])
     record = run(strategy="bald", committee=committee, members=3)
     assert [pool.logits.shape for pool in pools] == [(3, 180, 10), (3, 170, 10)]
     for pool in pools: assert len({m.sum().item() for m in pool.logits}) == 3
@@ -236,10 +280,11 @@ def test_a_new_strategy_is_one_function():
 
 def test_record_is_kept(tmp_path):
     record = run(tmp_path/"run")
-    again = Record.of(cached("a-run", lambda: record.as_dict(), folder=tmp_path).value)
+    again = RunRecord.of(cached("a-run", lambda: record.as_dict(), folder=tmp_path).value)
     same(record, again)
-    same(record, Record.of(decode(json.loads((tmp_path/"run"/"record.json").read_text()))))
-    assert again.plan["strategy"] == "least_confidence" and again.data["classes"] == list("0123456789")
+    same(record, RunRecord.of(decode(json.loads((tmp_path/"run"/"record.json").read_text()))))
+    assert again.plan["strategy"] == "least_confidence"
+    assert again.data["classes"] == list("0123456789")
     same(record, pickle.loads(pickle.dumps(record)))
 
 
@@ -266,23 +311,31 @@ def tensors(path):
     with safe_open(path, "pt") as file: return {k: file.get_tensor(k) for k in file.keys()}
 
 
-@pytest.mark.parametrize("strategy,protocol,optimizer", [("badge", "cumulative_cold", "adamw"), ("bald", "sequential", "sgd")])
+@pytest.mark.parametrize("strategy,protocol,optimizer", [("badge", "cumulative_cold", "adamw"),
+                                                         ("bald", "sequential", "sgd")])
 def test_a_killed_run_comes_to_the_same_bits(tmp_path, strategy, protocol, optimizer):
-    plan = dataclasses.replace(small, steps=60, strategy=strategy, protocol=protocol, optimizer=optimizer, dropout=.1, committee="checkpoints", members=3)
+    plan = dataclasses.replace(small, steps=60, strategy=strategy, protocol=protocol,
+                               optimizer=optimizer, dropout=.1, committee="checkpoints", members=3)
     folder = tmp_path/"killed"
-    code = script.format(tests=os.path.dirname(__file__), threads=torch.get_num_threads(), folder=str(folder), strategy=strategy, protocol=protocol, optimizer=optimizer)
-    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | dict(SUPERPOS_QUIET="1")) as process:
+    code = script.format(tests=os.path.dirname(__file__), threads=torch.get_num_threads(),
+                         folder=str(folder), strategy=strategy, protocol=protocol,
+                         optimizer=optimizer)
+    with subprocess.Popen([sys.executable, "-c", code],
+                          env=os.environ | dict(SUPERPOS_QUIET="1")) as process:
         until = time.monotonic() + 300
-        while len(saved_loops(folder)) < 2 and time.monotonic() < until and process.poll() is None: time.sleep(.005)
+        while len(saved_loops(folder)) < 2 and time.monotonic() < until and process.poll() is None:
+            time.sleep(.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and 1 <= len(saved_loops(folder)) <= 3
     info = learn._read(saved_loops(folder)[-1])[0]
     assert info["loop"] < 2 or info["step"] < 60
-    resumed, whole = experiment(plan, images, test, folder, device="cpu"), experiment(plan, images, test, tmp_path/"whole", device="cpu")
+    resumed = experiment(plan, images, test, folder, device="cpu")
+    whole = experiment(plan, images, test, tmp_path/"whole", device="cpu")
     same(resumed, whole)
     for a, b in zip(saved_loops(folder), saved_loops(tmp_path/"whole"), strict=True):
         a, b = tensors(a), tensors(b)
-        assert a.keys() == b.keys() and any(k.startswith("optimizer.") for k in a) and all(torch.equal(a[k], b[k]) for k in a)
+        assert a.keys() == b.keys() and any(k.startswith("optimizer.") for k in a)
+        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.mark.parametrize("protocol", learn.protocols)
@@ -293,7 +346,8 @@ def test_any_save_can_be_taken_up(tmp_path, monkeypatch, protocol):
         if count[0] > count[1]: raise OSError("disk full")
         save(self, path, about)
     monkeypatch.setattr(learn._State, "save", failing)
-    for number in (0, 1, 5, 6, 7, 12, 13, 18):  # a loop makes six saves, the sixth with what is asked next
+    # a loop makes six saves, the sixth with what is asked next
+    for number in (0, 1, 5, 6, 7, 12, 13, 18):
         count[:] = 0, number
         folder = tmp_path/str(number)
         if number < 18:
@@ -310,7 +364,8 @@ def test_a_finished_run_is_read(tmp_path, monkeypatch):
 
 def test_networks_of_every_loop_are_there(tmp_path):
     record = run(tmp_path)
-    found = [evaluate(load_loop(tmp_path, k), Resident(test, "cpu"))["loss"] for k in range(3)]
+    found = [evaluate(load_loop(tmp_path, k), ResidentImages(test, "cpu"))["loss"]
+             for k in range(3)]
     assert found == record.loss.tolist() and fingerprint(load_loop(tmp_path)) == record.weights
     assert not load_loop(tmp_path).training
 
@@ -321,10 +376,13 @@ def test_networks_of_every_loop_are_there(tmp_path):
 @pytest.mark.parametrize("changes,message", [
     (dict(ask=100), "the plan labels 220 images and digits has 200; lower first, ask or loops"),
     (dict(strategy="margn"), "there is no strategy 'margn'; there is least_confidence"),
-    (dict(strategy="vote_entropy"), "'vote_entropy' needs a committee; set dropout above 0, or committee to 'checkpoints' or 'seeds'"),
-    (dict(strategy="bald", committee="seeds", members=1), "a committee needs at least 2 members, got 1"),
+    (dict(strategy="vote_entropy"), "'vote_entropy' needs a committee; set dropout above 0, or "
+     "committee to 'checkpoints' or 'seeds'"),
+    (dict(strategy="bald", committee="seeds", members=1),
+     "a committee needs at least 2 members, got 1"),
     (dict(strategy="bald", committee="checkpoints", members=4), "need at least 8 steps, got 6"),
-    (dict(protocol="warm"), "protocol is one of sequential, cumulative_warm, cumulative_cold, got 'warm'"),
+    (dict(protocol="warm"), "protocol is one of sequential, cumulative_warm, cumulative_cold, got "
+     "'warm'"),
     (dict(network="resnet9"), "network is one of .*, got 'resnet9'"),
     (dict(steps=0), "steps must be a whole number of at least 1, got 0"),
     (dict(dropout=1.), "dropout must lie in 0..1, below 1, got 1.0"),
@@ -340,20 +398,26 @@ def test_one_clear_sentence(changes, message, monkeypatch):
 
 
 def test_other_classes_are_refused():
-    with pytest.raises(ValueError, match="digits and shapes must have the same classes, got 10 and 4"): experiment(small, images, shapes(10), device="cpu")
+    with pytest.raises(ValueError,
+                       match="digits and shapes must have the same classes, got 10 and 4"):
+        experiment(small, images, shapes(10), device="cpu")
 
 
 def test_other_runs_are_refused(tmp_path):
     run(tmp_path, loops=1)
-    with pytest.raises(ValueError, match="holds another run: its plan is .*; give another folder"): run(tmp_path, loops=1, seed=1)
+    with pytest.raises(ValueError, match="holds another run: its plan is .*; give another folder"):
+        run(tmp_path, loops=1, seed=1)
     changed = dataclasses.replace(images, source=255 - images.source)
-    with pytest.raises(ValueError, match="holds another run: its contents is"): experiment(dataclasses.replace(small, loops=1), changed, test, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="holds another run: its contents is"):
+        experiment(dataclasses.replace(small, loops=1), changed, test, tmp_path, device="cpu")
 
 
 def test_damaged_files_are_named(tmp_path):
     run(tmp_path)
     saved_loops(tmp_path)[-1].write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="loop-02.safetensors cannot be read as a run .* remove it to go on from the loop before"): run(tmp_path)
+    with pytest.raises(ValueError, match="loop-02.safetensors cannot be read as a run .* remove it "
+                       "to go on from the loop before"):
+        run(tmp_path)
     saved_loops(tmp_path)[-1].unlink()
     same(run(tmp_path), run())
     with pytest.raises(ValueError, match="has the loops 0, 1, 2, not 7"): load_loop(tmp_path, 7)
@@ -361,13 +425,18 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_a_broken_training_is_seen_and_not_saved(tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss is nan after step .* of loop 0; a lower lr than 1e.* may help"): run(tmp_path, lr=1e30)
-    for file in saved_loops(tmp_path): assert all(t.isfinite().all() for t in tensors(file).values())
+    with pytest.raises(FloatingPointError, match="the loss is nan after step .* of loop 0; a lower "
+                       "lr than 1e.* may help"):
+        run(tmp_path, lr=1e30)
+    for file in saved_loops(tmp_path):
+        assert all(t.isfinite().all() for t in tensors(file).values())
 
 
 def test_few_classes_are_allowed_and_said():
     with pytest.warns(UserWarning, match="loop 0 has labels of 1 of the 10 classes"):
         record = run(loops=1, chunks=[np.flatnonzero(images.labels == 4)])
     assert record.counts[0, 4] == record.counts.sum() == (images.labels == 4).sum()
-    nothing_else = Images("two", images.source[images.labels < 2], images.labels[images.labels < 2], images.classes)
-    with pytest.warns(UserWarning, match="labels of 2 of the 10 classes"): experiment(small, nothing_else, test, device="cpu")
+    nothing_else = Images("two", images.source[images.labels < 2], images.labels[images.labels < 2],
+                          images.classes)
+    with pytest.warns(UserWarning, match="labels of 2 of the 10 classes"):
+        experiment(small, nothing_else, test, device="cpu")

@@ -30,7 +30,7 @@ from superpos.learn import load_loop
 from superpos.model import SmallAlexNet, load_model
 from superpos.optvis import visualise
 from superpos.score import actgrad, force, keep_top, snip
-from superpos.toy import Features, Toy, initial
+from superpos.toy import Features, Toy, untrained_toy
 
 fork = multiprocessing.get_context("fork")
 
@@ -59,7 +59,9 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(tmp_path):
         assert len(numbers) == 20_000 and len(set(numbers)) == 1
         seen.add(numbers[0])
     assert len(seen) == 40 and rewritten.read_text() == "untouched"
-    assert all(p.name.startswith(".a.json.") for p in tmp_path.iterdir() if p not in (file, rewritten)), "what a kill leaves is hidden and named after its file"
+    assert all(p.name.startswith(".a.json.") for p in tmp_path.iterdir()
+               if p not in (file,
+                            rewritten)), "what a kill leaves is hidden and named after its file"
 
 
 # ---- a full disk
@@ -80,15 +82,25 @@ def network():
     return SmallAlexNet(width=4).eval().requires_grad_(False)
 
 
-def bytes_of(n, size=40): return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+def bytes_of(n, size=40):
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
 
 
 writers = dict(
-    cached=lambda home, large: cached("study", lambda: list(range(5000 if large else 5)), folder=home, recompute=True),
-    toy=lambda home, large: initial(Features(300 if large else 3), 20).save(home/"toy.safetensors"),
-    training=lambda home, large: training._save(home/"state", dict(logits=torch.zeros(20_000 if large else 2))),
-    survey=lambda home, large: survey(Table(mixture()[0]).eval(), "unit", numbered(120), k=100 if large else 1, sample=1, prepare=lambda x: x.float()).save(home/"survey"),
-    dissection=lambda home, large: Dissection(pd.DataFrame(dict(unit=range(2000 if large else 2))).set_index("unit"), {}).save(home/"layer.json"))
+    cached=lambda home, large: cached("study",
+                                      lambda: list(range(5000 if large else 5)), folder=home,
+                                      recompute=True),
+    toy=lambda home, large: untrained_toy(Features(300 if large else 3),
+                                          20).save(home/"toy.safetensors"),
+    training=lambda home, large: training._save(home/"state",
+                                                dict(logits=torch.zeros(20_000 if large else 2))),
+    survey=lambda home, large: survey(Table(mixture()[0]).eval(), "unit", numbered(120),
+                                      k=100 if large else 1, sample=1,
+                                      prepare=lambda x: x.float()).save(home/"survey"),
+    dissection=lambda home, large: Dissection(
+        pd.DataFrame(dict(unit=range(2000 if large else 2))).set_index("unit"),
+        {}).save(home/"layer.json"))
 
 
 @pytest.mark.parametrize("writer", writers)
@@ -96,25 +108,30 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, writer):
     writers[writer](tmp_path, False)
     [file] = tmp_path.iterdir()
     old = file.read_bytes()
-    with full_after(3000), pytest.raises(Exception, match="too large|unexpected pos"): writers[writer](tmp_path, True)
+    with full_after(3000), pytest.raises(Exception, match="too large|unexpected pos"):
+        writers[writer](tmp_path, True)
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == old
     writers[writer](tmp_path, True)
     assert list(tmp_path.iterdir()) == [file] and file.stat().st_size > 3000
 
 
 def test_a_full_disk_is_named_with_the_file_that_did_not_fit(tmp_path):
-    with full_after(3000), pytest.raises(OSError, match=r"\[Errno \d+\] .*: '.*study-\w+\.json'"): writers["cached"](tmp_path, True)
-    with pytest.raises(OSError, match=r"space left on device: '.*b\.txt'"), atomic_write(tmp_path/"b.txt"):
+    with full_after(3000), pytest.raises(OSError, match=r"\[Errno \d+\] .*: '.*study-\w+\.json'"):
+        writers["cached"](tmp_path, True)
+    with pytest.raises(OSError, match=r"space left on device: '.*b\.txt'"), atomic_write(
+        tmp_path/"b.txt"):
         raise OSError(28, "No space left on device")
 
 
 def test_a_dissection_goes_on_after_the_disk_was_full(tmp_path):
     net, how = Table(mixture()[0]).eval(), settings | dict(k=100)
-    with full_after(18_000), pytest.raises(OSError): dissect(net, "unit", numbered(120), folder=tmp_path, **how)
+    with full_after(18_000), pytest.raises(OSError):
+        dissect(net, "unit", numbered(120), folder=tmp_path, **how)
     lines = (tmp_path/"units.jsonl").read_text().splitlines(keepends=True)
     assert 3 < len(lines) < 10 and not lines[-1].endswith("\n"), "a row was cut in two"
     again = dissect(net, "unit", numbered(120), folder=tmp_path, **how)
-    assert (tmp_path/"units.jsonl").read_text().splitlines(keepends=True)[:len(lines) - 1] == lines[:-1]
+    assert ((tmp_path/"units.jsonl").read_text().splitlines(keepends=True)[:len(lines) - 1]
+            == lines[:-1])
     pd.testing.assert_frame_equal(again.table, dissect(net, "unit", numbered(120), **how).table)
 
 
@@ -123,7 +140,8 @@ def test_a_dissection_goes_on_after_the_disk_was_full(tmp_path):
 
 def dissect_into(home, start, answers):
     start.wait()
-    answers.put(dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder=home, **settings).table)
+    answers.put(dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder=home,
+                        **settings).table)
 
 
 def test_two_dissections_at_once_in_one_folder_are_both_right(tmp_path):
@@ -133,7 +151,8 @@ def test_two_dissections_at_once_in_one_folder_are_both_right(tmp_path):
     found = [answers.get(timeout=60) for _ in both]
     for p in both: p.join()
     alone = dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **settings).table
-    for table in (*found, dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder=tmp_path, **settings).table):
+    for table in (*found, dissect(Table(mixture()[0]).eval(), "unit", numbered(120),
+                                  folder=tmp_path, **settings).table):
         pd.testing.assert_frame_equal(table, alone)
 
 
@@ -142,11 +161,14 @@ def test_two_dissections_at_once_in_one_folder_are_both_right(tmp_path):
 
 def bomb(path, side):
     "A PNG of side × side black pixels in a few kilobytes."
-    def chunk(kind, content): return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    def chunk(kind, content):
+        return (len(content).to_bytes(4, "big") + kind + content
+                + zlib.crc32(kind + content).to_bytes(4, "big"))
     rows, pack = bytes(1 + side//8), zlib.compressobj(9)
     packed = b"".join(pack.compress(rows) for _ in range(side)) + pack.flush()
     header = side.to_bytes(4, "big")*2 + bytes([1, 0, 0, 0, 0])
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed)
+                     + chunk(b"IEND", b""))
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the first and refuses the second
@@ -156,8 +178,11 @@ def test_a_decompression_bomb_is_never_unpacked(tmp_path, side):
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path/"good.png")
     assert (tmp_path/"bomb.png").stat().st_size < side**2/1000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.warns(UserWarning, match=r"skipped 1 of 2 image files.*bomb\.png.*decompression bomb"): images = folder(tmp_path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "kilobytes; unpacked, the smaller one has 300,000"
+    with pytest.warns(UserWarning,
+                      match=r"skipped 1 of 2 image files.*bomb\.png.*decompression bomb"):
+        images = folder(tmp_path)
+    assert resource.getrusage(
+        resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "kilobytes; unpacked, the smaller one has 300,000"
     assert len(images) == 1 and images[0].shape == (3, 9, 9)
 
 
@@ -167,11 +192,16 @@ class Payload:
 
 
 readers = {  # what reads a file, by the name of that file
-    "weights.pth": lambda file: load_model("squeezenet1_1", file), "weights.safetensors": lambda file: load_model("squeezenet1_1", file),
+    "weights.pth": lambda file: load_model("squeezenet1_1",
+                                           file), "weights.safetensors": lambda file: load_model(
+                                               "squeezenet1_1", file),
     "toy.safetensors": Toy.load, "survey.safetensors": Survey.load, "layer.json": Dissection.load,
-    "circuit.safetensors": lambda file: Circuit.load(file, network()), "loop-00.safetensors": lambda file: load_loop(file.parent),
+    "circuit.safetensors": lambda file: Circuit.load(file,
+                                                     network()), "loop-00.safetensors": lambda file: load_loop(file.parent),
     "state": lambda file: training._restore(file, {}, torch.zeros(2), None, torch.zeros(2))}
-forms = dict(pickle=lambda payload, file: file.write_bytes(pickle.dumps(payload)), torch=torch.save, old=lambda payload, file: torch.save(payload, file, _use_new_zipfile_serialization=False))
+forms = dict(pickle=lambda payload, file: file.write_bytes(pickle.dumps(payload)), torch=torch.save,
+             old=lambda payload, file: torch.save(payload, file,
+                                                  _use_new_zipfile_serialization=False))
 
 
 @pytest.mark.parametrize("form", forms)
@@ -192,7 +222,8 @@ def test_a_saved_result_is_only_text(tmp_path):
     cached("study", lambda: 1, folder=tmp_path)
     [file] = tmp_path.iterdir()
     file.write_bytes(pickle.dumps(Payload(tmp_path/"ran")))
-    with pytest.warns(UserWarning, match="cannot be trusted"), pytest.raises(LookupError): recall("study", folder=tmp_path)
+    with pytest.warns(UserWarning, match="cannot be trusted"), pytest.raises(LookupError):
+        recall("study", folder=tmp_path)
     assert not (tmp_path/"ran").exists()
 
 
@@ -206,8 +237,11 @@ def kept(net, images, score):
 
 
 asks = dict(
-    survey=lambda net, x: survey(net, "features.6", x, k=20), record=lambda net, x: record(net, "features.6", x),
-    dissect=lambda net, x: dissect(net, "features.6", x, k=20, nulls=19), patches=lambda net, x: strongest_patches(net, "features.6:1", x),
+    survey=lambda net, x: survey(net, "features.6", x,
+                                 k=20), record=lambda net, x: record(net, "features.6", x),
+    dissect=lambda net, x: dissect(net, "features.6", x, k=20,
+                                   nulls=19), patches=lambda net, x: strongest_patches(
+                                       net, "features.6:1", x),
     visualise=lambda net, x: visualise(net, "features.6:1", size=32, steps=3),
     **{fn.__name__: lambda net, x, fn=fn: kept(net, x, fn) for fn in (snip, actgrad, force)})
 
@@ -218,7 +252,8 @@ def test_one_weight_that_is_not_a_number_is_seen(ask, bad):
     net = network()
     asks[ask](net, bytes_of(20))
     with torch.no_grad(): net.features[3].weight[0, 0, 0, 0] = bad
-    with pytest.raises((FloatingPointError, ValueError), match="finite|NaN"): asks[ask](net, bytes_of(20))
+    with pytest.raises((FloatingPointError, ValueError), match="finite|NaN"):
+        asks[ask](net, bytes_of(20))
 
 
 # ---- the same numbers in another process
@@ -245,6 +280,9 @@ print(json.dumps(dict(
 
 def test_a_fresh_process_gives_the_same_numbers_on_any_number_of_threads():
     def ask(threads, hashes):
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONHASHSEED=str(hashes), SUPERPOS_QUIET="1", PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-        return json.loads(subprocess.run([sys.executable, "-W", "ignore", "-c", numbers], env=env, check=True, capture_output=True, text=True).stdout)
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), PYTHONHASHSEED=str(hashes),
+                                SUPERPOS_QUIET="1",
+                                PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        return json.loads(subprocess.run([sys.executable, "-W", "ignore", "-c", numbers], env=env,
+                                         check=True, capture_output=True, text=True).stdout)
     assert ask(1, 1) == ask(2, 77)

@@ -6,13 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from torch import nn
 
 from superpos.field import pathway
 from superpos.model import ResNet8, SmallAlexNet, fingerprint, load_model
-from superpos.score import actgrad, force, gather, iter_snip, keep_top, magnitude, relevant_weights, schedule, snip, spread, taylor
+from superpos.score import (
+    actgrad,
+    broadcast_parts,
+    force,
+    force_schedule,
+    iter_snip,
+    keep_top,
+    magnitude,
+    part_means,
+    relevant_weights,
+    snip,
+    taylor,
+)
 
 granularities = ("weight", "kernel", "filter", "channel")
 with_images = dict(snip=snip, taylor=taylor, actgrad=actgrad, force=force, iter_snip=iter_snip)
@@ -22,15 +35,18 @@ def flat(scores): return torch.cat([s.flatten() for s in scores.values()])
 
 
 def tiny():
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 2))
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 2))
 
 
 class Fire(nn.Module):
     "Branches that join, one that joins too late, and a fork from which one way leads nowhere."
     def __init__(self):
         super().__init__()
-        self.squeeze, self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, (2, 3), padding="same", dilation=2)
-        self.unused, self.target, self.late = nn.Conv2d(4, 3, 1), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+        self.squeeze, self.left, self.right = (nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1),
+                                               nn.Conv2d(4, 3, (2, 3), padding="same", dilation=2))
+        self.unused, self.target, self.late = (nn.Conv2d(4, 3, 1), nn.Conv2d(6, 4, 3),
+                                               nn.Conv2d(6, 4, 3))
 
     def forward(self, x):
         x = F.relu(self.squeeze(x), inplace=True)
@@ -46,15 +62,19 @@ class Grey(nn.Sequential):
 def network(name):
     "A network's pathway to a layer, and images."
     torch.manual_seed(0)
-    vit = lambda: torchvision.models.VisionTransformer(16, 8, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=12)
+    vit = lambda: torchvision.models.VisionTransformer(16, 8, num_layers=2, num_heads=2,
+                                                       hidden_dim=8, mlp_dim=12)
     make, layer, size = {
-        "chain": (tiny, "5", (31, 29)), "fire": (Fire, "target", (9, 9)), "residual": (lambda: ResNet8(width=4), "stages.1.conv2", (16, 16)),
-        "perceptron": (lambda: Grey(nn.Linear(36, 9), nn.GELU(), nn.Linear(9, 3)), "2", (6, 6)), "transformer": (vit, "encoder.layers.encoder_layer_1.mlp.0", (16, 16))}[name]
+        "chain": (tiny, "5", (31, 29)), "fire": (Fire, "target", (9, 9)),
+        "residual": (lambda: ResNet8(width=4), "stages.1.conv2", (16, 16)),
+        "perceptron": (lambda: Grey(nn.Linear(36, 9), nn.GELU(), nn.Linear(9, 3)), "2", (6, 6)),
+        "transformer": (vit, "encoder.layers.encoder_layer_1.mlp.0", (16, 16))}[name]
     path = pathway(make().eval().requires_grad_(False), layer, size)
     return path, path.crop(torch.randn(6, 3, *size))
 
 
-def whole(path): return dataclasses.replace(path, chain=None, window=tuple((0, n) for n in path.size[1:]))
+def whole(path):
+    return dataclasses.replace(path, chain=None, window=tuple((0, n) for n in path.size[1:]))
 
 
 networks = ("chain", "fire", "residual", "perceptron", "transformer")
@@ -71,37 +91,48 @@ def test_relevant_weights_are_those_the_value_depends_on(name):
         if p.ndim not in (2, 4): continue
         changed = copy.deepcopy(path.model)
         changed.get_parameter(parameter).add_(.3*torch.randn(p.shape))
-        same = torch.equal(dataclasses.replace(whole(path), model=changed)(images, unit=1), whole(path)(images, unit=1))
+        same = torch.equal(dataclasses.replace(whole(path), model=changed)(images, unit=1),
+                           whole(path)(images, unit=1))
         assert same != (parameter in weights), parameter
     torch.testing.assert_close(path(x, weights, 1), path(x, unit=1))
 
 
 def test_names_come_in_the_order_of_the_layers():
-    assert [n.split(".")[0] for n in relevant_weights(network("fire")[0], 0)] == ["squeeze", "left", "right", "target"]
+    assert ([n.split(".")[0] for n in relevant_weights(network("fire")[0], 0)]
+            == ["squeeze", "left", "right", "target"])
 
 
-@pytest.mark.parametrize("name,layer,count,kernels", [("alexnet", "features.10", 1_881_024, 184_768), ("squeezenet1_1", "features.12.expand3x3", 556_288, None)])
+@pytest.mark.parametrize("name,layer,count,kernels",
+                         [("alexnet", "features.10", 1_881_024, 184_768),
+                          ("squeezenet1_1", "features.12.expand3x3", 556_288, None)])
 def test_counts_of_known_networks(name, layer, count, kernels):
     weights = relevant_weights(pathway(load_model(name), layer), 9)
     assert sum(w.numel() for w in weights.values()) == count
-    if kernels: assert sum(gather(w, "kernel").numel() for w in weights.values()) == kernels
-    if name == "squeezenet1_1": assert "features.12.squeeze.weight" in weights and "features.12.expand1x1.weight" not in weights
+    if kernels: assert sum(part_means(w, "kernel").numel() for w in weights.values()) == kernels
+    if name == "squeezenet1_1":
+        assert "features.12.squeeze.weight" in weights
+        assert "features.12.expand1x1.weight" not in weights
 
 
 def test_what_is_not_supported_is_named():
-    grouped = pathway(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 1, 3)).eval(), "2", (9, 9))
+    grouped = pathway(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2),
+                                    nn.Conv2d(4, 1, 3)).eval(), "2", (9, 9))
     with pytest.raises(NotImplementedError, match="'1' has groups"): relevant_weights(grouped, 0)
     mobile = pathway(load_model("mobilenet_v2"), "features.4.conv.2", (64, 64))
-    with pytest.raises(NotImplementedError, match="'features.1.conv.0.0' has groups"): relevant_weights(mobile, 0)
+    with pytest.raises(NotImplementedError, match="'features.1.conv.0.0' has groups"):
+        relevant_weights(mobile, 0)
     for unit in (-1, 3):
-        with pytest.raises(ValueError, match=f"units 0..2, got {unit}"): relevant_weights(network("chain")[0], unit)
+        with pytest.raises(ValueError, match=f"units 0..2, got {unit}"):
+            relevant_weights(network("chain")[0], unit)
 
 
-@given(st.lists(st.integers(1, 4), min_size=2, max_size=4).filter(lambda s: len(s) != 3), st.sampled_from(granularities))
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4).filter(lambda s: len(s) != 3),
+       st.sampled_from(granularities))
 def test_spread_is_the_inverse_of_gather(shape, per):
     weight = torch.rand(shape, dtype=torch.double)
-    parts = torch.rand_like(gather(weight, per))
-    torch.testing.assert_close(gather(spread(parts, weight, per)*torch.ones_like(weight), per), parts)
+    parts = torch.rand_like(part_means(weight, per))
+    torch.testing.assert_close(part_means(broadcast_parts(parts, weight,
+                                                          per)*torch.ones_like(weight), per), parts)
 
 
 # ---- against what they mean
@@ -110,11 +141,12 @@ def removal(path, unit, x, per):
     "What taking out each part changes, summed over images: by doing it."
     before, weights, effect = path(x, unit=unit), relevant_weights(path, unit), {}
     for name, w in weights.items():
-        parts = torch.zeros_like(gather(w, per))
+        parts = torch.zeros_like(part_means(w, per))
         for i in range(parts.numel()):
             mask = torch.ones(parts.numel(), dtype=w.dtype)
             mask[i] = 0
-            parts.view(-1)[i] = (path(x, {**weights, name: w*spread(mask, w, per)}, unit) - before).abs().sum()
+            parts.view(-1)[i] = (path(x, {**weights, name: w*broadcast_parts(mask, w, per)}, unit)
+                                 - before).abs().sum()
         effect[name] = parts
     return effect
 
@@ -122,7 +154,9 @@ def removal(path, unit, x, per):
 @pytest.mark.parametrize("per", granularities)
 def test_taylor_is_removal_where_the_network_is_linear(per):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AvgPool2d(2), nn.Conv2d(4, 3, 2), nn.Conv2d(3, 2, 2)).eval().requires_grad_(False).double()
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.AvgPool2d(2),
+                        nn.Conv2d(4, 3, 2),
+                        nn.Conv2d(3, 2, 2)).eval().requires_grad_(False).double()
     path = pathway(net, "4", (8, 8))
     x = path.crop(torch.randn(5, 3, 8, 8, dtype=torch.double))
     torch.testing.assert_close(flat(taylor(path, 1, x, per)), flat(removal(path, 1, x, per)))
@@ -132,9 +166,11 @@ def test_taylor_is_removal_where_the_network_is_linear(per):
 def test_scores_rank_as_removal_does(per):
     path, x = network("chain")
     truth, rank = flat(removal(path, 1, x, per)), {}
-    for name, score in dict(snip=snip, taylor=taylor, actgrad=actgrad).items(): rank[name] = spearmanr(flat(score(path, 1, x, per)), truth).statistic
+    for name, score in dict(snip=snip, taylor=taylor, actgrad=actgrad).items():
+        rank[name] = spearmanr(flat(score(path, 1, x, per)), truth).statistic
     chance = spearmanr(flat(magnitude(path, 1, per)), truth).statistic
-    assert rank["taylor"] > .8 and rank["actgrad"] > .5 and rank["snip"] > .35 and rank["taylor"] > chance + .1, (rank, chance)
+    assert (rank["taylor"] > .8 and rank["actgrad"] > .5 and rank["snip"] > .35
+            and rank["taylor"] > chance + .1), (rank, chance)
 
 
 @pytest.mark.parametrize("name", networks)
@@ -142,9 +178,11 @@ def test_scores_rank_as_removal_does(per):
 def test_snip_and_taylor_against_the_gradient_of_each_image(name, per):
     path, x = network(name)
     plain = {n: w.clone().requires_grad_() for n, w in relevant_weights(path, 1).items()}
-    sizes, wholes = ({n: 0. for n in plain} for _ in range(2))
+    sizes, wholes = (dict.fromkeys(plain, 0.0) for _ in range(2))
     for image in x.split(1):
-        for (n, w), g in zip(plain.items(), torch.autograd.grad(path(image, plain, 1).sum(), list(plain.values()))):
+        for (n, w), g in zip(plain.items(),
+                             torch.autograd.grad(path(image, plain, 1).sum(),
+                                                 list(plain.values()))):
             effect = (w*g).detach()
             axes = {"weight": (), "kernel": (2, 3), "filter": (1, 2, 3), "channel": (0, 2, 3)}[per]
             axes = [a for a in axes if a < w.ndim]
@@ -186,23 +224,32 @@ def held(path, unit, x, per):
     for handle in handles: handle.remove()
     slopes, scores = torch.autograd.grad(y, [seen[n][1] for n in names], retain_graph=True), {}
     for n, slope in zip(names, slopes):
-        module, (into, out), w = path.model.get_submodule(n), seen[n], path.model.get_submodule(n).weight
+        module, (into, out), w = (path.model.get_submodule(n), seen[n],
+                                  path.model.get_submodule(n).weight)
         rows = [unit] if n == path.layer else range(len(w))
         linear = isinstance(module, nn.Linear)
-        run = (lambda x, w: F.linear(x, w)) if linear else lambda x, w: F.conv2d(x, w, None, module.stride, module.padding, module.dilation)
+        run = ((lambda x, w: F.linear(x, w)) if linear
+               else lambda x, w: F.conv2d(x, w, None, module.stride, module.padding,
+                                          module.dilation))
         size = lambda t, o: t[..., o] if linear else t[:, o]  # one output's map
         total = lambda product: product.abs().reshape(len(product), -1).mean(1).sum()
-        only = lambda *index: torch.zeros_like(w).index_put(tuple(torch.tensor(i) for i in index), w[index])
+        only = lambda *index: torch.zeros_like(w).index_put(tuple(torch.tensor(i) for i in index),
+                                                            w[index])
         if per == "channel":
             back, = torch.autograd.grad(out, into, slope, retain_graph=True)
             scores[n] = torch.stack([total(size(into*back, i)) for i in range(w.shape[1])])
-        elif per == "filter": scores[n] = torch.stack([total(size(run(into, w)*slope, o)) for o in rows])
+        elif per == "filter":
+            scores[n] = torch.stack([total(size(run(into, w)*slope, o)) for o in rows])
         elif per == "kernel":
-            one = lambda o, i: only(o, i) if linear else torch.zeros_like(w).index_put((torch.tensor(o), torch.tensor(i)), w[o, i])
-            scores[n] = torch.stack([torch.stack([total(size(run(into, one(o, i))*slope, o)) for i in range(w.shape[1])]) for o in rows])
+            one = lambda o, i: only(o, i) if linear else torch.zeros_like(w).index_put(
+                (torch.tensor(o), torch.tensor(i)), w[o, i])
+            scores[n] = torch.stack([torch.stack([total(size(run(into, one(o, i))*slope, o))
+                                                  for i in range(w.shape[1])]) for o in rows])
         else:
-            inner = list(torch.cartesian_prod(*(torch.arange(k) for k in w.shape[1:])).view(-1, w.ndim - 1).tolist())
-            scores[n] = torch.stack([total(size(run(into, only(o, *index))*slope, o)) for o in rows for index in inner]).view(len(rows), *w.shape[1:])
+            inner = list(torch.cartesian_prod(*(torch.arange(k) for k in w.shape[1:])).view(
+                -1, w.ndim - 1).tolist())
+            scores[n] = torch.stack([total(size(run(into, only(o, *index))*slope, o)) for o in rows
+                                     for index in inner]).view(len(rows), *w.shape[1:])
     return {n: s.detach() for n, s in scores.items()}
 
 
@@ -212,7 +259,9 @@ def test_actgrad_against_maps_held_by_hand(name, per):
     path, _ = network(name)
     path, x = whole(path), torch.randn(3, *path.size)
     found, expected = actgrad(path, 1, x, per, batch=2), held(path, 1, x, per)
-    for n, scores in found.items(): torch.testing.assert_close(scores, expected[n.removesuffix(".weight")], rtol=1e-5, atol=1e-6)
+    for n, scores in found.items():
+        torch.testing.assert_close(scores, expected[n.removesuffix(".weight")], rtol=1e-5,
+                                   atol=1e-6)
 
 
 @pytest.mark.parametrize("per", granularities)
@@ -220,7 +269,8 @@ def test_the_receptive_field_gives_the_scores_of_the_whole_image(per):
     path, _ = network("chain")
     x = torch.randn(3, *path.size)
     assert path.crop(x).numel() < x.numel()
-    torch.testing.assert_close(flat(actgrad(path, 1, path.crop(x), per)), flat(actgrad(whole(path), 1, x, per)), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(flat(actgrad(path, 1, path.crop(x), per)),
+                               flat(actgrad(whole(path), 1, x, per)), rtol=1e-5, atol=1e-7)
 
 
 def test_actgrad_bounds_taylor_in_attention():
@@ -245,8 +295,10 @@ def test_few_channels_at_a_time_is_no_different(monkeypatch):
 
 def gate():
     "f = ½ + |…| where entry 'a' has no effect until 'b' is gone: b holds the ReLU shut on the only image on which a counts."
-    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1)).eval().requires_grad_(False)
-    net[0].weight.copy_(torch.tensor([[1., 0, 0], [0, -2, 1]]).view(2, 3, 1, 1)), net[0].bias.copy_(torch.tensor([0., .5]))
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(),
+                        nn.Conv2d(2, 1, 1)).eval().requires_grad_(False)
+    net[0].weight.copy_(torch.tensor([[1., 0, 0], [0, -2, 1]]).view(2, 3, 1, 1)), net[0].bias.copy_(
+        torch.tensor([0., .5]))
     net[2].weight.copy_(torch.tensor([[3., 1]]).view(1, 2, 1, 1))
     return pathway(net, "2", (1, 1)), torch.tensor([[1., 10, 10], [1, -1, 0]]).view(2, 3, 1, 1)
 
@@ -254,8 +306,9 @@ def gate():
 def test_force_revives_what_iter_snip_does_not():
     path, x = gate()
     a = 5  # second filter, third channel
-    first = keep_top(flat(snip(path, 0, x)), schedule(8, 2, 6)[0]/8)
-    revived, stayed = (keep_top(flat(score(path, 0, x, keep=.25, rounds=6)), .25) for score in (force, iter_snip))
+    first = keep_top(flat(snip(path, 0, x)), force_schedule(8, 2, 6)[0]/8)
+    revived, stayed = (keep_top(flat(score(path, 0, x, keep=.25, rounds=6)), .25)
+                       for score in (force, iter_snip))
     assert flat(snip(path, 0, x))[a] == 0 and not first[a]
     assert revived[a] and not stayed[a] and revived.sum() == stayed.sum() == 2
 
@@ -266,8 +319,12 @@ def test_the_mask_gradient_is_taken_where_the_mask_is_zero():
     closed = mask.detach().clone()
     closed[4:6] = 0
     weights = relevant_weights(path, 0)
-    def value(mask, image): return path(image, {n: w*m.view(w.shape) for (n, w), m in zip(weights.items(), mask.split([6, 2]))}, 0).sum()
-    slopes = sum(torch.autograd.functional.jacobian(lambda m: value(m, image), closed).abs() for image in x.split(1))
+    def value(mask, image):
+        return path(image,
+                    {n: w*m.view(w.shape)
+                     for (n, w), m in zip(weights.items(), mask.split([6, 2]))}, 0).sum()
+    slopes = sum(torch.autograd.functional.jacobian(lambda m: value(m, image), closed).abs()
+                 for image in x.split(1))
     from superpos.score import _snip
     masked = {n: w*m.view(w.shape) for (n, w), m in zip(weights.items(), closed.split([6, 2]))}
     torch.testing.assert_close(flat(_snip(path, 0, x, "weight", weights, masked)), slopes)
@@ -278,8 +335,9 @@ def test_the_mask_gradient_is_taken_where_the_mask_is_zero():
 @given(st.integers(1, 10**6), st.floats(1e-6, 1), st.integers(1, 30))
 def test_schedules_end_exactly_and_never_grow(total, keep, rounds):
     kept = max(1, round(keep*total))
-    sizes = schedule(total, kept, rounds)
-    assert sizes[-1] == kept and len(sizes) == rounds and all(total >= a >= b >= kept for a, b in zip(sizes, sizes[1:]))
+    sizes = force_schedule(total, kept, rounds)
+    assert sizes[-1] == kept and len(sizes) == rounds
+    assert all(total >= a >= b >= kept for a, b in zip(sizes, sizes[1:]))
 
 
 @pytest.mark.parametrize("keep", (.001, .01, .05, .2, .5))
@@ -288,29 +346,33 @@ def test_exact_counts(score, keep):
     torch.manual_seed(0)
     path = pathway(SmallAlexNet(width=16).eval(), "features.6", (32, 32))
     x = path.crop(torch.rand(2, 3, 32, 32))
-    scores = flat(with_images[score](path, 1, x, **(dict(keep=keep) if "force" == score or "iter" in score else {}), per="weight"))
+    scores = flat(with_images[score](path, 1, x, **(dict(keep=keep) if "force" == score
+                                                    or "iter" in score else {}), per="weight"))
     mask = keep_top(scores, keep)
     assert mask.sum() == round(keep*len(scores)) and scores[mask].min() >= scores[~mask].max()
 
 
 def test_iterated_snip_only_shrinks():
     path, x = network("residual")
-    scores, count = flat(iter_snip(path, 1, x, .2, "weight", 5)), schedule(756, 151, 5)
+    scores, count = flat(iter_snip(path, 1, x, .2, "weight", 5)), force_schedule(756, 151, 5)
     assert (scores >= 0).sum() == count[-2] and (scores == -1).sum() == 756 - count[-2]
 
 
 # ---- every network, and what is refused
 
 @pytest.mark.filterwarnings("ignore:.*batching rule")
-@pytest.mark.parametrize("name,layer", [("alexnet", "features.10"), ("squeezenet1_1", "features.12.expand3x3")])
+@pytest.mark.parametrize("name,layer",
+                         [("alexnet", "features.10"), ("squeezenet1_1", "features.12.expand3x3")])
 def test_large_networks(name, layer):
     torch.manual_seed(0)
     path = pathway(load_model(name), layer)
     x, before = path.crop(torch.rand(2, 3, 224, 224)), fingerprint(path.model)
-    shapes = [gather(w, "kernel").shape for w in relevant_weights(path, 9).values()]
+    shapes = [part_means(w, "kernel").shape for w in relevant_weights(path, 9).values()]
     for score in with_images.values():
         found = score(path, 9, x, **(dict(rounds=2) if score in (force, iter_snip) else {}))
-        assert [s.shape for s in found.values()] == shapes and flat(found).isfinite().all() and (flat(found) > 0).float().mean() > .03
+        assert [s.shape for s in found.values()] == shapes
+        assert flat(found).isfinite().all()
+        assert (flat(found) > 0).float().mean() > .03
     assert fingerprint(path.model) == before
 
 
@@ -319,18 +381,28 @@ def test_large_networks(name, layer):
 @pytest.mark.parametrize("per", granularities)
 def test_small_networks_at_every_granularity(name, score, per):
     path, x = network(name)
-    found = with_images[score](path, 1, x, per=per, **(dict(keep=.5) if "force" == score or "iter" in score else {}))
-    assert {n: s.shape for n, s in found.items()} == {n: gather(w, per).shape for n, w in relevant_weights(path, 1).items()}
+    found = with_images[score](path, 1, x, per=per, **(dict(keep=.5) if "force" == score
+                                                       or "iter" in score else {}))
+    assert ({n: s.shape for n, s in found.items()} == {n: part_means(w, per).shape
+                                                       for n, w in relevant_weights(
+                                                           path, 1).items()})
     assert flat(found).isfinite().all() and not any(s.requires_grad for s in found.values())
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda path, x: snip(path, 1, x[:0]), "at least one reference image"), (lambda path, x: actgrad(path, 1, x[:0]), "at least one reference image"),
-    (lambda path, x: taylor(path, 1, x, "pixel"), "got 'pixel'"), (lambda path, x: magnitude(path, 1, "pixel"), "got 'pixel'"),
-    (lambda path, x: force(path, 1, x, 0), "got 0"), (lambda path, x: force(path, 1, x, 1.5), "got 1.5"), (lambda path, x: iter_snip(path, 1, x, 1e-6), "keeps nothing"),
-    (lambda path, x: force(path, 1, x, rounds=0), "rounds must be at least 1, got 0"), (lambda path, x: schedule(5, 6), "kept must be in 1..5, got 6"),
-    (lambda path, x: force(path, 1, x*torch.nan), "scores are NaN"), (lambda path, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
-    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 scores are NaN or infinite"),
+    (lambda path, x: snip(path, 1, x[:0]), "at least one reference image"),
+    (lambda path, x: actgrad(path, 1, x[:0]), "at least one reference image"),
+    (lambda path, x: taylor(path, 1, x, "pixel"), "got 'pixel'"),
+    (lambda path, x: magnitude(path, 1, "pixel"), "got 'pixel'"),
+    (lambda path, x: force(path, 1, x, 0), "got 0"),
+    (lambda path, x: force(path, 1, x, 1.5), "got 1.5"),
+    (lambda path, x: iter_snip(path, 1, x, 1e-6), "keeps nothing"),
+    (lambda path, x: force(path, 1, x, rounds=0), "rounds must be at least 1, got 0"),
+    (lambda path, x: force_schedule(5, 6), "kept must be in 1..5, got 6"),
+    (lambda path, x: force(path, 1, x*torch.nan), "scores are NaN"),
+    (lambda path, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
+    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 scores are NaN or "
+     "infinite"),
     (lambda path, x: snip(path, 1, x[..., :-1]), "takes crops of")])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call(*network("chain"))
@@ -338,7 +410,9 @@ def test_bad_input_is_refused(call, message):
 
 def test_a_collapse_is_named():
     path, x = network("residual")
-    with pytest.raises(RuntimeError, match="nothing that is left reaches stages.1.conv2:1"): force(path, 1, x, .05, "filter")
+    with pytest.raises(RuntimeError, match="nothing that is left reaches stages.1.conv2:1"):
+        force(path, 1, x, .05, "filter")
 
 
-def test_ties_keep_the_first(): assert keep_top(torch.zeros(100), .07).nonzero().ravel().tolist() == list(range(7))
+def test_ties_keep_the_first():
+    assert keep_top(torch.zeros(100), .07).nonzero().ravel().tolist() == list(range(7))

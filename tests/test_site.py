@@ -23,8 +23,11 @@ phone = 390
 
 def is_fresh(site: Path) -> bool:
     kept = site/"notebooks"
-    return (site/"search-from-disk.js").exists() and filecmp.cmp(root/"nbs"/"styles.css", site/"styles.css", shallow=False) and all(
-        (kept/nb.name).exists() and filecmp.cmp(nb, kept/nb.name, shallow=False) for nb in notebooks(root))
+    return (site/"search-from-disk.js").exists() and filecmp.cmp(root/"nbs"/"styles.css",
+                                                                 site/"styles.css",
+                                                                 shallow=False) and all(
+        (kept/nb.name).exists() and filecmp.cmp(nb, kept/nb.name, shallow=False)
+                                                                     for nb in notebooks(root))
 
 
 def render_few(folder: Path) -> Path:
@@ -34,7 +37,8 @@ def render_few(folder: Path) -> Path:
     for name in (*few, "styles.css", "favicon.svg"): shutil.copy(root/"nbs"/name, folder/"nbs")
     (folder/"nbs"/"_quarto.yml").symlink_to("../_quarto.yml")
     env = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "superpos.book", "render"], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "superpos.book", "render"], cwd=folder, env=env,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder/"_docs"
 
@@ -42,21 +46,27 @@ def render_few(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    if (root/"_docs").exists() and is_fresh(root/"_docs"): return shutil.copytree(root/"_docs", folder/"_docs")
+    if (root/"_docs").exists() and is_fresh(root/"_docs"):
+        return shutil.copytree(root/"_docs", folder/"_docs")
     return render_few(folder)
 
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
     "A function that opens a page, lets its scripts run, and returns what the page has become and what the console said."
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"))), None)
-    if not found: pytest.skip("no chromium or google-chrome on the PATH (on Debian: apt install chromium)")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
+                                                 "google-chrome-stable", "chrome"))), None)
+    if not found:
+        pytest.skip("no chromium or google-chrome on the PATH (on Debian: apt install chromium)")
     profile = tmp_path_factory.mktemp("profile")
 
     def opened(page: Path, *flags: str, milliseconds: int = 5000) -> tuple[str, list[str]]:
-        fixed = ["--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--window-size=1200,900",
-                 "--enable-logging=stderr", f"--user-data-dir={profile}", f"--virtual-time-budget={milliseconds}", "--dump-dom"]
-        done = subprocess.run([found, *fixed, *flags, page.as_uri()], capture_output=True, text=True, timeout=600)
+        fixed = ["--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu",
+                 "--disable-background-networking", "--no-first-run", "--window-size=1200,900",
+                 "--enable-logging=stderr", f"--user-data-dir={profile}",
+                 f"--virtual-time-budget={milliseconds}", "--dump-dom"]
+        done = subprocess.run([found, *fixed, *flags, page.as_uri()], capture_output=True,
+                              text=True, timeout=600)
         assert done.returncode == 0 and "<html" in done.stdout, done.stderr[-2000:]
         return done.stdout, re.findall(r"CONSOLE[:(]\d+\)?\] (.*)", done.stderr)
 
@@ -132,8 +142,10 @@ const look = async (page) => {
 def toured(site, browse):
     "What a visit to every page found, by page, and what the console said."
     pages = sorted(p.name for p in site.glob("*.html"))
-    (site/"tour.htm").write_text(tour.replace("PAGES", json.dumps(pages)).replace("PHONE", str(phone)))
-    page, console = browse(site/"tour.htm", "--allow-file-access-from-files", milliseconds=500*len(pages))
+    (site/"tour.htm").write_text(tour.replace("PAGES",
+                                              json.dumps(pages)).replace("PHONE", str(phone)))
+    page, console = browse(site/"tour.htm", "--allow-file-access-from-files",
+                           milliseconds=500*len(pages))
     found = re.search(r'<body id="finished">(.*)</body>', page, re.S)
     assert found, page[-1000:]
     seen = json.loads(unescape(found[1]))
@@ -150,7 +162,8 @@ def test_every_page_loads_without_errors(toured):
 
 def test_pictures_are_there_and_described(toured):
     seen, _ = toured
-    assert {page: (s["broken"], s["blind"]) for page, s in seen.items() if s["broken"] or s["blind"]} == {}
+    assert ({page: (s["broken"], s["blind"]) for page, s in seen.items() if s["broken"]
+             or s["blind"]} == {})
 
 
 def test_nothing_comes_from_the_network(toured):
@@ -158,7 +171,8 @@ def test_nothing_comes_from_the_network(toured):
 
 
 def test_pages_fit_a_phone(toured):
-    assert {page: (s["width"], s["wide"]) for page, s in toured[0].items() if s["width"] > phone} == {}
+    assert ({page: (s["width"], s["wide"]) for page, s in toured[0].items() if s["width"] > phone}
+            == {})
 
 
 @pytest.mark.parametrize("scheme", ["faint", "dark"])
@@ -174,15 +188,18 @@ def test_pages_respond(toured):
 
 def search(site: Path, browse, words: str) -> list[str]:
     asks = """<script>addEventListener("load", () => { const box = document.querySelector(".smalldocs-search input");
-      box.value = WORDS; box.dispatchEvent(new Event("input")); });</script></body>""".replace("WORDS", json.dumps(words))
-    (site/"asked.htm").write_text((site/"index.html").read_text(encoding="utf-8").replace("</body>", asks), encoding="utf-8")
+      box.value = WORDS; box.dispatchEvent(new Event("input")); });</script></body>""".replace(
+          "WORDS", json.dumps(words))
+    (site/"asked.htm").write_text((site/"index.html").read_text(encoding="utf-8").replace(
+        "</body>", asks), encoding="utf-8")
     page, console = browse(site/"asked.htm")
     assert not console
     return re.findall(r'class="search-result" href="(?:\./)?([^"]+)"', page)
 
 
 def test_search_answers_from_disk(site, browse):
-    if 'content="smalldocs' not in (site/"index.html").read_text(encoding="utf-8"): pytest.skip("the search box is Quarto's")
+    if 'content="smalldocs' not in (site/"index.html").read_text(encoding="utf-8"):
+        pytest.skip("the search box is Quarto's")
     found = search(site, browse, "circuit_diagram")
     assert "plot.html" in {address.partition("#")[0] for address in found}
     assert all((site/address.partition("#")[0]).exists() for address in found)
@@ -193,25 +210,32 @@ def test_search_answers_from_disk(site, browse):
 
 def test_every_page_has_its_source_its_notebook_and_its_module(site):
     for page in site.glob("*.html"):
-        beside = re.search(r'<p class="book-beside">(.*?)</p>', text := page.read_text(encoding="utf-8"))
+        beside = re.search(r'<p class="book-beside">(.*?)</p>',
+                           text := page.read_text(encoding="utf-8"))
         addresses = re.findall(r'href="([^"]+)"', beside[1])
         kept = site/addresses[1]
-        assert kept.read_bytes() == (root/"nbs"/kept.name).read_bytes() and addresses[0].endswith(f"/nbs/{kept.name}")
+        assert kept.read_bytes() == (root/"nbs"/kept.name).read_bytes()
+        assert addresses[0].endswith(f"/nbs/{kept.name}")
         exports = re.search(r"#\| *default_exp +(\w+)", kept.read_text(encoding="utf-8"))
-        assert addresses[2:] == ([f"reference.html#superpos.{exports[1]}"] if exports else []), page.name
+        assert addresses[2:] == ([f"reference.html#superpos.{exports[1]}"] if exports
+                                 else []), page.name
         assert text.count('class="book-beside"') == 1
 
 
 def test_contents_for_programs(site):
     text = (site/"llms.txt").read_text(encoding="utf-8")
     assert text.startswith("# superpos\n\n> ") and text.count("\n## ") >= 2
-    entries = re.findall(r"^- \[.+?\]\(https://superpos\.github\.io/superpos/([\w.]+)\): \S.*$", text, re.M)
-    assert set(entries) == {p.name for p in site.glob("*.html")} and len(entries) == len(set(entries)) == text.count("\n- ")
+    entries = re.findall(r"^- \[.+?\]\(https://superpos\.github\.io/superpos/([\w.]+)\): \S.*$",
+                         text, re.M)
+    assert set(entries) == {p.name for p in site.glob("*.html")}
+    assert len(entries) == len(set(entries)) == text.count("\n- ")
 
 
 def test_reference_is_current():
-    stored = json.loads((root/"nbs"/"71_reference.ipynb").read_text(encoding="utf-8"))["cells"][-1]["outputs"]
-    assert stored and "".join(stored[0]["data"]["text/markdown"]) == reference(root), "run `make site`"
+    stored = json.loads((root/"nbs"/"71_reference.ipynb").read_text(encoding="utf-8"))["cells"][-1][
+        "outputs"]
+    assert stored and "".join(stored[0]["data"]["text/markdown"]) == reference(
+        root), "run `make site`"
 
 
 # ---- the colours of the style sheet, without a browser
@@ -224,7 +248,8 @@ def variables(block: str) -> dict[str, str]:
 def luminance(colour: str) -> float:
     digits = colour[1:] if len(colour) == 7 else "".join(c*2 for c in colour[1:])
     values = [int(digits[i:i + 2], 16)/255 for i in (0, 2, 4)]
-    return sum(w*(v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4) for w, v in zip((.2126, .7152, .0722), values))
+    return sum(w*(v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4)
+               for w, v in zip((.2126, .7152, .0722), values))
 
 
 def contrast(a: str, b: str) -> float:
@@ -233,12 +258,15 @@ def contrast(a: str, b: str) -> float:
 
 
 def test_contrast_is_that_of_the_standard():
-    assert contrast("#fff", "#000000") == pytest.approx(21) and contrast("#777", "#ffffff") == pytest.approx(4.48, abs=.01)
+    assert contrast("#fff", "#000000") == pytest.approx(21)
+    assert contrast("#777", "#ffffff") == pytest.approx(4.48, abs=.01)
 
 
 @pytest.mark.parametrize("selector", [":root", ".quarto-dark"])
 def test_colours_stand_out(selector):
     sheet = (root/"nbs"/"styles.css").read_text(encoding="utf-8")
-    colours = variables(re.search(rf"(?m)^{re.escape(selector)} \{{(.*?)^\}}", sheet, re.S | re.M)[1])
-    ratios = {(ink, paper): contrast(colours[ink], colours[paper]) for ink in ("ink", "quiet", "link") for paper in ("paper", "tint")}
+    colours = variables(re.search(rf"(?m)^{re.escape(selector)} \{{(.*?)^\}}", sheet,
+                                  re.S | re.M)[1])
+    ratios = {(ink, paper): contrast(colours[ink], colours[paper])
+              for ink in ("ink", "quiet", "link") for paper in ("paper", "tint")}
     assert min(ratios.values()) >= 4.5, ratios

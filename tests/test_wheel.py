@@ -40,14 +40,16 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(root/name, tree)
     shutil.copytree(root/"superpos", tree/"superpos", ignore=shutil.ignore_patterns("__pycache__"))
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, check=True,
+                   capture_output=True)
     [file] = out.iterdir()
     return file
 
 
 def test_a_wheel_holds_the_modules_and_nothing_else(wheel):
     inside = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
-    assert {p.name for p in inside if p.parts[0] == "superpos"} == {p.name for p in (root/"superpos").glob("*.py")}
+    assert ({p.name for p in inside if p.parts[0] == "superpos"}
+            == {p.name for p in (root/"superpos").glob("*.py")})
     assert all(p.parts[0] == "superpos" or p.parts[0].endswith(".dist-info") for p in inside)
     assert "LICENSE" in {p.name for p in inside}
 
@@ -55,9 +57,14 @@ def test_a_wheel_holds_the_modules_and_nothing_else(wheel):
 def test_a_wheel_works_without_notebooks(wheel, tmp_path):
     site, elsewhere = tmp_path/"site", tmp_path/"elsewhere"
     elsewhere.mkdir()
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(site), str(wheel)], check=True, capture_output=True)
-    env = os.environ | dict(PYTHONPATH=str(site), SUPERPOS_CACHE=str(tmp_path/"cache"), SUPERPOS_QUIET="1", OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", use, str(site)], cwd=elsewhere, env=env, capture_output=True, text=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index",
+                    "--no-compile", "--target", str(site), str(wheel)], check=True,
+                   capture_output=True)
+    env = os.environ | dict(PYTHONPATH=str(site), SUPERPOS_CACHE=str(tmp_path/"cache"),
+                            SUPERPOS_QUIET="1", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", use, str(site)], cwd=elsewhere,
+                          env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == sorted(p.stem for p in (root/"superpos").glob("*.py") if p.stem != "__init__")
+    assert (done.stdout.split() == sorted(p.stem for p in (root/"superpos").glob("*.py")
+                                          if p.stem != "__init__"))
     assert not list(elsewhere.iterdir())

@@ -12,7 +12,7 @@ from PIL import Image
 from turns import interleaved
 
 from superpos.field import pathway
-from superpos.mask import Layout, soft
+from superpos.mask import Layout, soft_mask
 from superpos.score import relevant_weights
 from superpos.sparsify import sparsify, sparsify_many
 
@@ -43,10 +43,13 @@ def test_eight_masks_in_one_job(benchmark, setting, threads):
     def one(): found["one"] = sparsify_many(path, 9, [own, other], background, runs)
     seconds = interleaved({"eight jobs": eight, "one job": one}, 3)
     for a, b in zip(found["eight"], found["one"]):
-        assert torch.equal(a.mask, b.mask) if threads == 1 else (a.mask != b.mask).float().mean() < 1e-3
+        assert (torch.equal(a.mask, b.mask) if threads == 1
+                else (a.mask != b.mask).float().mean() < 1e-3)
         np.testing.assert_allclose(a.loss[:10], b.loss[:10], rtol=0 if threads == 1 else 1e-4)
-    benchmark.extra_info["one job"] = f"{seconds['one job']/seconds['eight jobs']:.2f} of the time of eight jobs"
-    print(f"\n  eight masks in one job, {threads} threads: {benchmark.extra_info['one job']}", end="")
+    benchmark.extra_info[
+        "one job"] = f"{seconds['one job']/seconds['eight jobs']:.2f} of the time of eight jobs"
+    print(f"\n  eight masks in one job, {threads} threads: {benchmark.extra_info['one job']}",
+          end="")
     benchmark.pedantic(one, rounds=1)
     assert seconds["one job"] < seconds["eight jobs"]*(1 if threads > 1 else 1.1)
 
@@ -58,10 +61,13 @@ def test_eight_masks_by_one_command(benchmark, tmp_path):
     rng = np.random.default_rng(0)
     for name, count in dict(own=140, other=140, background=280).items():
         (tmp_path/name).mkdir()
-        for i in range(count): Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(tmp_path/name/f"{i:03}.png")
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (224, 224, 3), np.uint8)).save(
+                tmp_path/name/f"{i:03}.png")
     groups = [word for name in ("own", "other", "background") for word in (f"--{name}", name)]
     def frontier(keeps, out):
-        command = [sys.executable, "-m", "superpos.cli", "sparsify", "--model", "alexnet", "--weights", "alexnet.pth", "--unit", "features.10:9", *groups,
+        command = [sys.executable, "-m", "superpos.cli", "sparsify", "--model", "alexnet",
+                   "--weights", "alexnet.pth", "--unit", "features.10:9", *groups,
                    "--size", "224", "--seeds", "1", "--keeps", ",".join(keeps), "--out", out]
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         start = time.perf_counter()
@@ -71,18 +77,24 @@ def test_eight_masks_by_one_command(benchmark, tmp_path):
     eight = sum(frontier([keep], f"keep {keep}") for keep in keeps)
     one = benchmark.pedantic(frontier, args=(keeps, "all"), rounds=1)
     benchmark.extra_info["one command"] = f"{one/eight:.2f} of the time of eight commands"
-    print(f"\n  eight masks by one command: {benchmark.extra_info['one command']} ({one:.0f} s against {eight:.0f} s)", end="")
+    print(f"\n  eight masks by one command: {benchmark.extra_info['one command']} ({one:.0f} s "
+          f"against {eight:.0f} s)", end="")
     assert one < eight
 
 def test_masks_in_turn_against_grouped_convolutions(benchmark, setting):
     path, own, other, background = setting
-    layout, weights, x = Layout.of(path, 9), relevant_weights(path, 9), torch.cat([own, other, background])[:40]
+    layout = Layout.of(path, 9)
+    weights = relevant_weights(path, 9)
+    x = torch.cat([own, other, background])[:40]
     logits = torch.randn(8, len(layout), requires_grad=True)
-    response = lambda row: path(x, layout.apply(soft(row, 1.), weights), 9)
-    def in_turn(): return torch.stack([torch.autograd.grad(response(row).sum(), logits)[0].sum(0) for row in logits]).sum(0)
+    response = lambda row: path(x, layout.apply(soft_mask(row, 1.), weights), 9)
+    def in_turn():
+        return torch.stack([torch.autograd.grad(response(row).sum(), logits)[0].sum(0)
+                            for row in logits]).sum(0)
     def at_once(): return torch.autograd.grad(torch.vmap(response)(logits).sum(), logits)[0].sum(0)
     torch.testing.assert_close(in_turn(), at_once(), rtol=1e-3, atol=1e-4)
     seconds = interleaved(dict(in_turn=in_turn, at_once=at_once), 2)
-    benchmark.extra_info["at once"] = f"{seconds['at_once']/seconds['in_turn']:.2f} times the time of taking turns"
+    benchmark.extra_info[
+        "at once"] = f"{seconds['at_once']/seconds['in_turn']:.2f} times the time of taking turns"
     print(f"\n  eight masks by grouped convolutions: {benchmark.extra_info['at once']}", end="")
     benchmark.pedantic(in_turn, rounds=1)

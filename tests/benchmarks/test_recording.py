@@ -10,7 +10,7 @@ from turns import interleaved
 from superpos.activation import _advance, _empty
 from superpos.field import pathway
 from superpos.mask import Layout
-from superpos.model import outputs
+from superpos.model import layer_outputs
 from superpos.score import relevant_weights
 
 
@@ -25,7 +25,8 @@ def setting():
 
 def full_model_with_hook(model, x):
     kept = []
-    handle = model.features[10].register_forward_hook(lambda module, inputs, value: kept.append(value.clone()))
+    handle = model.features[10].register_forward_hook(lambda module, inputs, value: kept.append(
+        value.clone()))
     model(x)
     handle.remove()
     return kept[0][:, :, 6, 6]
@@ -34,7 +35,8 @@ def full_model_with_hook(model, x):
 def report(benchmark, seconds, baseline, count):
     ours = list(seconds)[-1]
     for name, s in seconds.items():
-        benchmark.extra_info[name] = f"{count/s:.1f} images/s, {seconds[baseline]/s:.2f} times '{baseline}'"
+        benchmark.extra_info[
+            name] = f"{count/s:.1f} images/s, {seconds[baseline]/s:.2f} times '{baseline}'"
         print(f"\n  {name}: {benchmark.extra_info[name]}", end="")
     return seconds[baseline]/seconds[ours]
 
@@ -43,8 +45,11 @@ def report(benchmark, seconds, baseline, count):
 def test_recording(benchmark, setting):
     model, x, path, crop = setting
     extractor = create_feature_extractor(model, ["features.10"])
-    ways = {"full model with a hook": lambda: full_model_with_hook(model, x), "torchvision's extractor": lambda: extractor(x),
-            "pass ended at the layer": lambda: outputs(model, ["features.10"], x), "receptive field": lambda: path(path.crop(x)),
+    ways = {"full model with a hook": lambda: full_model_with_hook(model,
+                                                                   x), "torchvision's extractor": lambda: extractor(x),
+            "pass ended at the layer": lambda: layer_outputs(model, ["features.10"],
+                                                             x), "receptive field": lambda: path(
+                                                                 path.crop(x)),
             "receptive field, channels_last": lambda: path(crop)}
     torch.testing.assert_close(path(crop), full_model_with_hook(model, x), rtol=1e-4, atol=1e-5)
     report(benchmark, interleaved(ways), "full model with a hook", len(x))
@@ -60,18 +65,23 @@ def test_mask_training_step(benchmark, setting):
         masked = {n: w.clone() for n, w in layout.apply(mask, weights).items()}
         last = "features.10.weight"
         masked[last] = model.get_parameter(last).index_copy(0, torch.tensor([9]), masked[last])
-        return torch.autograd.grad(outputs(model, ["features.10"], x, weights=masked)["features.10"][:, 9, 6, 6].sum(), mask)[0]
+        return torch.autograd.grad(layer_outputs(model, ["features.10"], x,
+                                                 weights=masked)["features.10"][:, 9, 6, 6].sum(),
+                                   mask)[0]
 
-    def ours(): return torch.autograd.grad(path(crop, layout.apply(mask, weights), 9).sum(), mask)[0]
+    def ours():
+        return torch.autograd.grad(path(crop, layout.apply(mask, weights), 9).sum(), mask)[0]
     torch.testing.assert_close(ours(), dense(), rtol=1e-3, atol=1e-4)
-    report(benchmark, interleaved({"whole image": dense, "receptive field, channels_last": ours}, 3), "whole image", len(x))
+    report(benchmark, interleaved({"whole image": dense, "receptive field, channels_last": ours},
+                                  3), "whole image", len(x))
     benchmark(ours)
 
 
 def test_survey(benchmark, setting):
     "What keeping the strongest 100 images of 256 units adds to recording them."
     torch.manual_seed(0)
-    empty = lambda: _empty("features.10", SimpleNamespace(how=""), dict(k=100, images=["random", 50_000], sample=2048, seed=0), 256)
+    empty = lambda: _empty("features.10", SimpleNamespace(how=""),
+                           dict(k=100, images=["random", 50_000], sample=2048, seed=0), 256)
     batches = torch.randn(50, 64, 256)
     def keep():
         found = empty()
@@ -79,6 +89,7 @@ def test_survey(benchmark, setting):
     model, x, path, crop = setting
     seconds = interleaved({"recording": lambda: path(crop), "keeping": keep})
     share = seconds["keeping"]/len(batches)/seconds["recording"]
-    benchmark.extra_info["keeping"] = f"{share:.1%} of the recording's time, over the first {64*len(batches):,} images, when most is new"
+    benchmark.extra_info[
+        "keeping"] = f"{share:.1%} of the recording's time, over the first {64*len(batches):,} images, when most is new"
     print(f"\n  keeping the strongest: {benchmark.extra_info['keeping']}", end="")
     benchmark.pedantic(keep, rounds=1)

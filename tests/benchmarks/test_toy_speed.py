@@ -18,14 +18,18 @@ def per_step(way, steps):
     return (time.perf_counter() - start)/steps
 
 
-@pytest.mark.parametrize("n,m,models,plain_steps", [(5, 2, 10, 60), (20, 5, 10, 30), (200, 20, 10, 4), (2, 1, 400, 8)], ids=lambda v: str(v))
+@pytest.mark.parametrize("n,m,models,plain_steps",
+                         [(5, 2, 10, 60), (20, 5, 10, 30), (200, 20, 10, 4), (2, 1, 400, 8)],
+                         ids=lambda v: str(v))
 def test_training(benchmark, n, m, models, plain_steps):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     features = Features(n, density=density)
     ways = {"plain loop": (lambda steps: plain_loop(n, m, models, steps, density), plain_steps),
-            "torch backend": (lambda steps: train(features, m, seeds=range(models), steps=steps, backend="torch", quiet=True), plain_steps),
-            "fused": (lambda steps: train(features, m, seeds=range(models), steps=steps, quiet=True), 40*plain_steps)}
+            "torch backend": (lambda steps: train(features, m, seeds=range(models), steps=steps,
+                                                  backend="torch", quiet=True), plain_steps),
+            "fused": (lambda steps: train(features, m, seeds=range(models), steps=steps,
+                                          quiet=True), 40*plain_steps)}
     try:
         seconds = {name: [] for name in ways}
         for _ in range(6):
@@ -34,7 +38,8 @@ def test_training(benchmark, n, m, models, plain_steps):
     finally: torch.set_num_threads(threads)
     seconds = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     for name, s in seconds.items():
-        benchmark.extra_info[name] = f"{s*1e3:.3f} ms per step of {models} models, {seconds['plain loop']/s:.1f} times 'plain loop'"
+        benchmark.extra_info[
+            name] = f"{s*1e3:.3f} ms per step of {models} models, {seconds['plain loop']/s:.1f} times 'plain loop'"
         print(f"\n  n={n} m={m}, {name}: {benchmark.extra_info[name]}", end="")
 
 
@@ -43,9 +48,12 @@ def test_equal_final_losses(benchmark):
     features = Features(5, density=density)
     W, b = plain_loop(5, 2, seeds, steps, density)
     plain = expected_loss(Toy(W.mT[None].contiguous(), b[None]), features)[0]
-    ours = expected_loss(benchmark.pedantic(lambda: train(features, 2, seeds=range(seeds), steps=steps, quiet=True), rounds=1).toy, features)[0]
+    ours = expected_loss(benchmark.pedantic(lambda: train(features, 2, seeds=range(seeds),
+                                                          steps=steps, quiet=True), rounds=1).toy,
+                         features)[0]
     found = stats.ks_2samp(plain, ours)
-    print(f"\n  final losses of {seeds} seeds: plain {plain.mean():.5f} ± {plain.std():.5f}, fused {ours.mean():.5f} ± {ours.std():.5f}, KS p = {found.pvalue:.2f}", end="")
+    print(f"\n  final losses of {seeds} seeds: plain {plain.mean():.5f} ± {plain.std():.5f}, fused "
+          f"{ours.mean():.5f} ± {ours.std():.5f}, KS p = {found.pvalue:.2f}", end="")
     assert found.pvalue > .01
 
 
@@ -55,4 +63,5 @@ def test_training_on_cuda(benchmark):
     run = lambda: train(features, 20, steps=500, backend="torch", device="cuda", quiet=True)
     run()
     benchmark.pedantic(run, rounds=3)
-    print(f"\n  64 models n=200 m=20 on {torch.cuda.get_device_name()}: {benchmark.stats['mean']/500*1e3:.3f} ms per step", end="")
+    print(f"\n  64 models n=200 m=20 on {torch.cuda.get_device_name()}: "
+          f"{benchmark.stats['mean']/500*1e3:.3f} ms per step", end="")

@@ -94,15 +94,16 @@ def represented(
 
 def components(
     W: torch.Tensor,  # (m, n)
-    threshold: float = 0.3,  # of |Ŵ_i·W_j|, above which two features are joined
+    threshold: float = 0.2,  # of the cosine's size, above which two features are joined
     represented_above: float = 0.5,  # norm above which a feature counts
-) -> list[tuple[int, ...]]:  # indices of features, each in one component if represented and in none if not
+) -> list[tuple[int, ...]]:  # features; each that is represented is in one component
     "The represented features, grouped so that features of different groups do not interfere."
     _check(W, matrix=True)
     _check_level("threshold", threshold)
     kept = represented(W, represented_above).nonzero().flatten()
-    projections = (_unit(W[:, kept]).mT @ W[:, kept]).detach().abs().cpu().numpy()
-    _, label = connected_components(projections > threshold, directed=True, connection="weak")
+    directions = _unit(W[:, kept]).detach()
+    cosines = (directions.mT @ directions).abs().cpu().numpy()
+    _, label = connected_components(cosines > threshold, directed=False)
     return [tuple(kept[label == group].tolist()) for group in dict.fromkeys(label.tolist())]
 
 # %% ../nbs/11_geometry.ipynb #e12fdcb5
@@ -228,7 +229,7 @@ def approximate_rank(
 # %% ../nbs/11_geometry.ipynb #47b879d6
 def polytopes(
     W: torch.Tensor,  # (m, n)
-    threshold: float = 0.3,  # of |Ŵ_i·W_j|, above which two features are joined
+    threshold: float = 0.2,  # of the cosine's size, above which two features are joined
     tolerance: float = 0.1,  # largest `gram_deviation` at which a name is given
     represented_above: float = 0.5,  # norm above which a feature counts
 ) -> list[tuple[str, tuple[int, ...]]]:  # name and features of each component

@@ -126,7 +126,7 @@ def test_two_orthogonal_digons_are_two_components():
 def test_components_are_those_of_a_plain_search(seed, threshold):
     W = random(seed, 4, 9)*torch.linspace(.05, 1, 9, dtype=torch.float64)
     kept = [i for i in range(9) if norms(W)[i] > .5]
-    joined = lambda i, j: max(abs(W[:, i] @ W[:, j]/W[:, k].norm()) for k in (i, j)) > threshold
+    joined = lambda i, j: abs(W[:, i] @ W[:, j])/(W[:, i].norm()*W[:, j].norm()) > threshold
     group = {i: {i} for i in kept}
     for i, j in itertools.combinations(kept, 2):
         if joined(i, j) and group[i] is not group[j]:
@@ -134,10 +134,23 @@ def test_components_are_those_of_a_plain_search(seed, threshold):
             group.update(dict.fromkeys(merged, merged))
     assert components(W, threshold) == sorted({tuple(sorted(g)) for g in group.values()})
 
-def test_an_edge_needs_one_direction_only():
-    # the second projects on the first with 2, the first on the second with 0.447
-    W = torch.tensor([[1., 2], [0, 4.]])
-    assert components(W, 1.9) == [(0, 1)] and components(W, 2.1) == [(0,), (1,)]
+@given(st.integers(0, 999), st.floats(.1, 10))
+@settings(max_examples=20, deadline=None)
+def test_components_do_not_depend_on_length(seed, scale):
+    W = random(seed, 4, 9)
+    assert components(scale*W, represented_above=0) == components(W, represented_above=0)
+
+def test_a_tetrahedron_of_any_length_is_found_over_a_range_of_thresholds():
+    # at length .88 the product of a direction with another feature is .293, its cosine a third
+    for length, threshold in itertools.product((.6, .88, 1.2), (.15, .2, .25, .3)):
+        W = length*torch.block_diag(*[shape_of(4, "tetrahedron", 0)]*2)
+        assert [name for name, _ in polytopes(W, threshold)] == ["tetrahedron"]*2
+
+@pytest.mark.parametrize("n, threshold", [(4, .2), (5, .2), (6, .15), (7, .15), (8, .12)])
+def test_a_simplex_is_named_below_its_cosine(n, threshold):
+    W = .8*shape_of(n, "tetrahedron" if n == 4 else "simplex", 0)
+    assert [len(members) for _, members in polytopes(W, threshold)] == [n]
+    assert len(polytopes(W, 1/(n - 1) + .01)) == n
 
 def test_only_represented_features_belong_somewhere():
     W = torch.tensor([[1., -1, .4], [0, 0, 0]])

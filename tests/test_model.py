@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import v2
 
+from superpos.data import MissingData, cifar10, find_data
 from superpos.model import (
+    CifarResNet,
     ResNet8,
     SmallAlexNet,
     Unit,
@@ -118,7 +121,7 @@ def test_gradients_reach_weights_of_ones_own():
     plain.features[:4](x).sum().backward()
     assert torch.equal(w.grad, plain.features[0].weight.grad)
 
-@pytest.mark.parametrize("net", [SmallAlexNet(width=4), ResNet8(width=4)],
+@pytest.mark.parametrize("net", [SmallAlexNet(width=4), ResNet8(width=4), CifarResNet(8)],
                          ids=lambda m: type(m).__name__)
 def test_a_model_copies_and_pickles_after_use(net):
     net.eval()
@@ -179,6 +182,55 @@ def test_weights_of_another_network_are_refused_by_name(squeezenet, tmp_path):
         load_model("squeezenet1_1", tmp_path/"wrapped.pth")
     with pytest.raises(FileNotFoundError, match="none.pth: no such file of weights"):
         load_model("squeezenet1_1", tmp_path/"none.pth")
+
+# CIFAR ResNets
+
+def by_hand(state, x, n):
+    "Logits as section 4.2 of He et al. describes them, from nothing but the tensors of a file."
+    def normed(key, value):
+        mean, variance, weight, bias = (state[f"{key}.{part}"] for part in (
+            "running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(value, mean, variance, weight, bias)
+    x = normed("bn1", F.conv2d(x, state["conv1.weight"], padding=1)).relu()
+    for stage in (1, 2, 3):
+        for block in range(n):
+            key, stride = f"layer{stage}.{block}", 2 if stage > 1 and not block else 1
+            y = F.conv2d(x, state[f"{key}.conv1.weight"], stride=stride, padding=1)
+            y = F.conv2d(normed(f"{key}.bn1", y).relu(), state[f"{key}.conv2.weight"], padding=1)
+            around = x[:, :, ::stride, ::stride]
+            each = (y.shape[1] - x.shape[1])//2
+            x = (normed(f"{key}.bn2", y) + F.pad(around, (0, 0, 0, 0, each, each))).relu()
+    return F.linear(x.mean((2, 3)), state["linear.weight"], state["linear.bias"])
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_a_cifar_resnet_is_what_the_paper_describes(depth, tmp_path):
+    torch.manual_seed(0)
+    net, x = CifarResNet(depth), torch.rand(16, 3, 32, 32)
+    net(x)  # statistics that are not 0 and 1
+    state = {k: v for k, v in net.state_dict().items() if "num_batches" not in k}
+    torch.save(state, tmp_path/"net.pth")
+    loaded = load_model(f"resnet{depth}_cifar10", tmp_path/"net.pth")
+    torch.testing.assert_close(loaded(x), by_hand(state, x, (depth - 2)//6), rtol=1e-4, atol=1e-5)
+    assert len(layers(loaded)) == depth and not loaded.training
+
+def test_a_cifar_resnet_of_another_depth_is_refused():
+    for depth in (2, 18):
+        with pytest.raises(ValueError, match=f"6n [+] 2 layers .*not {depth}"):
+            load_model(f"resnet{depth}_cifar10")
+    with pytest.raises(ValueError, match="no weights 'DEFAULT' for resnet20_cifar10; name a file"):
+        load_model("resnet20_cifar10", "DEFAULT")
+    with pytest.raises(ValueError, match="no network 'resnet20_cifar'; .* resnet20_cifar10"):
+        load_model("resnet20_cifar")
+
+@pytest.mark.parametrize("depth, published", [(20, .9173), (56, .934)])
+def test_published_weights_classify_as_published(depth, published):
+    try: weights = find_data(f"weights/resnet{depth}_cifar10.safetensors"); test = cifar10("test")
+    except MissingData as missing: pytest.skip(str(missing))
+    net, few = load_model(f"resnet{depth}_cifar10", weights), range(500)
+    x = imagenet_input(torch.from_numpy(test.source[few]))
+    with torch.no_grad(): answers = torch.cat([net(part).argmax(1) for part in x.split(20)])
+    share = (answers.numpy() == test.labels[few]).mean()
+    assert abs(share - published) < 3*(published*(1 - published)/len(few))**.5
 
 # digests and pixels
 

@@ -1,4 +1,5 @@
-"The command line: exit codes, one sentence for what goes wrong, JSON, help by example, reports that stand alone, and Ctrl-C."
+"The command line: exit codes, one sentence for what goes wrong, help, JSON, reports and Ctrl-C."
+import dataclasses
 import json
 import os
 import pickle
@@ -6,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import typing
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +19,7 @@ from bs4 import BeautifulSoup
 from PIL import Image
 from safetensors.torch import save_file
 
-from superpos import __version__, cli
+from superpos import __version__, acquire, cli, learn
 from superpos.circuit import Circuit
 from superpos.cli import main
 from superpos.data import shapes
@@ -27,12 +30,17 @@ net = """import torch
 from torch import nn
 
 def build():
-    return nn.Sequential(nn.Conv2d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(), nn.Conv2d(12, UNITS, 3, 2, 1)).train()
+    return nn.Sequential(nn.Conv2d(3, 8, 5, 2, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU(),
+                         nn.Conv2d(12, UNITS, 3, 2, 1)).train()
+
+def grey():
+    return nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 4, 5, 2))
 
 class Skip(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 4, 3, 2, 1)
+        self.a, self.b = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.c = nn.Conv2d(6, 4, 3, 2, 1)
 
     def forward(self, x):
         x = self.a(x).relu()
@@ -41,8 +49,11 @@ class Skip(nn.Module):
 def skip(): return Skip()
 def broken(): raise OSError("the disk is gone")
 
+def valid(): return nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 4, 5, 2))
 def words(): return "a network"
 def halves(x): return x/2
+def brightness(x): return x.float().mean(1, keepdim=True)/255
+def lost(x): return x.nowhere
 """
 dissect = "dissect --model tiny:build --layer 4 --images photos --k 40 --nulls 19 --show 2"
 folders = "--own photos/red --other photos/blue --background photos/green"
@@ -92,44 +103,84 @@ def state(place):
 
 def test_overview(said):
     code, out, err = said("--help")
-    assert code == 0 and not err and all(f"  {name}" in out for name in cli._commands())
+    shown = {line.split()[1] for line in out.splitlines() if line.startswith("│ ")}
+    assert code == 0 and not err and {name.split()[0] for name in cli._commands()} <= shown
     assert said("") == (0, out, "")
     assert said("--version") == (0, f"{__version__}\n", "")
     assert said("studies") == said("studies --help")
-    assert "superpos studies show two_circuits" in said("studies")[1]
+    assert all(f"│ {name}" in said("studies")[1] for name in ("list", "show", "run", "resume"))
+
+
+def understood(line):
+    "The command of a line, and what it is given."
+    words = line.split()
+    name = next(n for n in cli._commands() if words[:len(n.split())] == n.split())
+    return cli._understood(name, words)
 
 
 @pytest.mark.parametrize("name", cli._commands())
 def test_help_teaches_by_example(said, name):
     code, out, _ = said(f"{name} --help")
-    before, _, options = out.partition("\noptions:")
-    examples = [line.strip() for line in before.splitlines()[1:]
-                if re.match(r"\s+(\w+=\S+ )?superpos ", line)]
+    before, _, options = out.partition("─ Parameters ─")
+    lines = before.replace("\\\n", " ").splitlines()[1:]
+    examples = [line.strip() for line in lines if re.match(r"\s+(\w+=\S+ )?superpos ", line)]
     assert code == 0 and any(f"superpos {name}" in e for e in examples)
-    assert "--json" in options and "fields" not in out and "(default: )" not in out
+    assert "--json" in options and '[default: ""]' not in out
     for example in examples:                       # every example is understood as it stands
-        words = example[example.index("superpos"):].split()[1:]
-        asked = next(n for n in cli._commands() if words[:len(n.split())] == n.split())
-        assert cli._parser(asked)[0].parse_args(words[len(asked.split()):]).debug is False
+        asked = understood(example[example.index("superpos") + len("superpos"):])
+        assert asked[0] in cli._commands() and asked[3:] == (False, False)
+
+
+@pytest.mark.parametrize("name", cli._commands())
+def test_every_option_is_explained(said, name):
+    told = " ".join(re.sub("[│╭╰─╮╯]", " ", said(f"{name} --help")[1]).split())
+    for kind in cli._options(cli._commands()[name]).values():
+        kind, given = kind.__args__[0], kind.__metadata__[-1]
+        more = cli._options(kind).values() if dataclasses.is_dataclass(kind) else ()
+        for option in (k.__metadata__[-1] for k in more) if more else [given]:
+            assert option.help in told
+
+
+def test_help_names_what_there_is_to_choose_from(said):
+    names = {cli.Strategy: acquire.strategies, cli.Protocol: learn.protocols,
+             cli.Network: learn.networks}
+    told = " ".join(re.sub("[│\n]", " ", said("label --help")[1]).split())
+    for choices, known in names.items():
+        assert set(typing.get_args(choices)) == set(known)
+        assert f"[choices: {', '.join(typing.get_args(choices))}]" in told
 
 
 def test_every_field_of_a_plan_is_an_option():
-    parser, _ = cli._parser("label")
-    given = vars(parser.parse_args(["--images", "digits"]))
-    plan = {k: v for k, v in given.items() if k in Plan.__dataclass_fields__}
-    assert Plan(**plan) == Plan()
-    assert vars(parser.parse_args(["--images", "digits", "--no-flip", "--dims", "3"]))[
-        "flip"] is False
+    asked = dataclasses.asdict(cli.Training())
+    assert Plan(**asked) == Plan() and set(asked) == set(Plan.__dataclass_fields__)
+    given = understood("label --images digits --no-flip --dims 3 --seed 5")[2]["plan"]
+    assert (given.flip, given.dims, given.seed, given.loops) == (False, 3, 5, 10)
+
+
+def test_the_shell_completes_options_and_choices():
+    script = cli._parser(cli._commands()).generate_completion(shell="bash")
+    assert all(word in script for word in ("dissect", "--layer", "cumulative_warm", "--own"))
 
 
 @pytest.mark.parametrize("line,words", [
-    ("disect --layer 4", "'disect'; there is dissect"), ("studies lst", "there is studies list"),
-    ("dissect --layer 4", "--model, --images"),
-    ("dissect --model a --layer b --images c --colour red", "--colour"), ("circuit", "--unit"),
-    ("toy --n many", "'many'"), ("studies show", "study"), ("label", "--images")])
+    ("disect --layer 4", 'Did you mean "dissect"?'), ("studies lst", 'Did you mean "list"?'),
+    ("dissect --layer 4", "--model"), ("dissect --modle a", "--model instead of --modle"),
+    ("dissect --model a --layer b --images c --colour red", "--colour"),
+    ("dissect --model a --layer b --images c --unts 3", "Did you mean --units?"),
+    ("circuit", "--unit"), ("toy --n many", '"many"'), ("studies show", "STUDY"),
+    ("label", "--images"), ("dissect --model a --layer b --images c --size -4", '"-4" for --size'),
+    ("dissect --model a --layer b --images c --workers 0", '"0" for --workers. Must be >= 1'),
+    ("dissect --model a --layer b --images c --seed -1", '"-1" for --seed. Must be >= 0'),
+    ("dissect --model a --layer b --images c --at edge", '"centre"'),
+    ("circuit --unit 4:0 --method guess", '"snip"'),
+    ("circuit --unit 4:0 --controls -1", '"-1" for --controls'),
+    ("sparsify --unit 4:0 --seeds 0", '"0" for --seeds'),
+    ("label --images digits --strategy best", '"least_confidence"'),
+    ("toy --kind cube", '"relu_output"')])
 def test_usage_errors_are_2(said, line, words):
     code, out, err = said(line)
-    assert code == 2 and words in err and "Traceback" not in err
+    assert code == 2 and words in err and "Traceback" not in err and not out
+    assert err.count("\n") == 1 and err.startswith("superpos")
 
 
 # ---- one sentence for what goes wrong
@@ -154,10 +205,26 @@ wrong = [
     ("dissect --model tiny:build --layer 4 --images few", "3 images", "at least 16"),
     ("dissect --model tiny:build --layer 4 --images photos --units 3,9", "got 9", "0..3"),
     ("dissect --model tiny:build --layer 4 --images photos --units a-b", "--units a-b", "0,5,7-9"),
+    ("dissect --model tiny:build --layer 4 --images photos --units 9-4", "--units 9-4",
+     "from the smaller number to the larger"),
+    ("dissect --model tiny:build --layer 4 --images photos --units 1,1", "--units 1,1: 1 is there",
+     "once"),
+    ("dissect --model tiny:build --layer 4 --images photos --units 0-2,1", "1 is there twice",
+     "once"),
+    ("dissect --model tiny:grey --layer 2 --images digits --prepare tiny:brightness",
+     "--prepare tiny:brightness: it makes 1 × 8 × 8 of images of 3 × 8 × 8", "do not fit"),
+    ("dissect --model large:valid --layer 2 --images digits", "images of 8 × 8 pixels", "--size"),
+    ("dissect --model tiny:build --layer 4 --images photos --prepare tiny:brightness",
+     "--prepare tiny:brightness: it makes 1 × 32 × 32", "prepare them otherwise"),
+    ("dissect --model tiny:build --layer 4 --images photos --prepare tiny:lost",
+     "--prepare tiny:lost", "AttributeError"),
+    (f"circuit --unit 4:0 --model tiny:build {folders} --prepare tiny:brightness",
+     "--prepare tiny:brightness: it makes 1 × 32 × 32", "prepare them otherwise"),
+    (f"sparsify --unit 4:0 --model tiny:build {folders} --keeps 0.1,0.1", "--keeps 0.1,0.1",
+     "once"),
     ("dissect --model tiny:build --layer 4 --images photos --prepare grey", "--prepare grey",
      "imagenet"),
     ("dissect --model tiny:build --layer 4 --images photos --nulls 3", "level", "1/(nulls + 1)"),
-    ("dissect --model tiny:build --layer 4 --images photos --at edge", "edge", "centre"),
     ("dissect --model tiny:build --weights none.safetensors --layer 4 --images photos",
      "none.safetensors", "no such file"),
     ("dissect --model tiny:build --weights cut.safetensors --layer 4 --images photos",
@@ -176,22 +243,16 @@ wrong = [
     (f"circuit --unit 4 --model tiny:build {folders}", "'4'", "layer:index"),
     (f"circuit --unit 4:7 --model tiny:build {folders}", "got 7", "0..3"),
     (f"circuit --unit 4:0 --model tiny:build {folders} --keep 2", "got 2", "fraction"),
-    (f"circuit --unit 4:0 --model tiny:build {folders} --method guess", "--method guess", "snip"),
     ("circuit --unit 4:0 --model tiny:build --own few --other photos/blue --background "
      "photos/green", "--own", "at least 5"),
     ("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/blue", "--background",
      "folder of images"),
-    (f"circuit --unit 4:0 --model tiny:build {folders} --controls -1", "--controls -1",
-     "0 for none"),
     (f"sparsify --unit 4:0 --model tiny:build {folders} --keeps some", "--keeps some", "0.01"),
-    (f"sparsify --unit 4:0 --model tiny:build {folders} --seeds 0", "--seeds 0", "at least one"),
     ("label --images digits", "50,000", "lower first, ask or loops"),
-    ("label --images digits --strategy best --first 9 --ask 9 --loops 2", "'best'",
-     "least_confidence"),
-    ("toy --density 2", "density", "(0, 1]"), ("toy --kind cube", "'cube'", "relu_output"),
+    ("toy --density 2", "density", "(0, 1]"),
     ("studies list", "no saved results", "SUPERPOS_RESULTS"),
-    ("studies show nothing", "'nothing'", "studies list"), ("studies run 39_two_circuits",
-                                                            "not inside a copy", "project"),
+    ("studies show nothing", "'nothing'", "studies list"),
+    ("studies run 39_two_circuits", "not inside a copy", "project"),
     ("data fetch imagenet", "'imagenet'", "https://image-net.org"),
     ("data fetch mnist", "'mnist'", "cifar10")]
 
@@ -213,8 +274,8 @@ def rubbish(place, state):
             Image.new("RGB", (32, 32 + 4*(i == 2 and n == 0))).save(place/name/f"{i}.png")
 
 
-@pytest.mark.parametrize("line,value,fix", wrong, ids=[f"{line.split()[0]}-{value}"
-                                                       for line, value, _ in wrong])
+@pytest.mark.parametrize("line,value,fix", wrong,
+                         ids=[f"{line.split()[0]}-{value}" for line, value, _ in wrong])
 def test_one_sentence_names_the_value_and_the_fix(said, rubbish, place, line, value, fix):
     code, out, err = said(line)
     assert code == 1 and not out
@@ -292,13 +353,41 @@ def test_json(said, dissected):
 def test_a_network_in_training_mode_and_other_weights_and_inputs(said, place, state, capsys):
     save_file(state, place/"w.safetensors")
     torch.save(state, place/"w.pth")
-    tables = [json.loads(said(f"{dissect} --units 0,2-3 --out {out} --json {more}")[1])["table"]
-              for out, more in (
-        ("a", ""), ("b", "--weights w.safetensors"), ("c", "--weights w.pth"),
-                  ("d", "--weights w.pth --prepare tiny:halves"),
-                  ("e", "--prepare plain --size 28"))]
-    assert [len(t) for t in tables] == [3]*5
-    assert tables[1] == tables[2] and tables[0] != tables[1]
+    ways = dict(a="", b="--weights w.safetensors", c="--weights w.pth", f="--batch 7",
+                d="--weights w.pth --prepare tiny:halves", e="--prepare plain --size 28")
+    line = f"{dissect} --units 0,2-3 --json"
+    tables = {out: json.loads(said(f"{line} --out {out} {more}")[1])["table"]
+              for out, more in ways.items()}
+    assert {len(t) for t in tables.values()} == {3}
+    assert tables["b"] == tables["c"] and tables["a"] != tables["b"]
+    names = [[(row["name"], row["groups"]) for row in tables[k]] for k in "af"]
+    assert names[0] == names[1]
+
+
+def test_batches_are_of_the_asked_size(said, monkeypatch):
+    from superpos import dissect as module
+    def stop(*given, batch, **more): raise ValueError(f"batches of {batch}")
+    monkeypatch.setattr(module, "dissect", stop)
+    assert "batches of 3" in said(f"{dissect} --out sized --batch 3")[2]
+    assert "batches of None" in said(f"{dissect} --out sized")[2]
+
+
+def test_one_channel(said, place):
+    "A network of one channel, by a function that makes one channel of three."
+    line = "--model tiny:grey --prepare tiny:brightness"
+    code, out, err = said(f"dissect {line} --layer 2 --images photos --k 40 --nulls 19 --out one")
+    assert code == 0, err
+    line = f"{line} --unit 2:1 --keep 0.5 --steps 5 --controls 1"
+    code, out, err = said(f"circuit {line} {folders} --out one-circuit")
+    assert code == 0, err
+    assert "grey" not in check_report(place/"one-circuit"/"report.html").text
+
+
+def test_a_report_does_not_say_that_there_are_none(said, place):
+    line = f"{dissect.replace('--nulls 19', '--nulls 19 --level 0.05')} --units 0,1 --out none"
+    assert json.loads(said(f"{line} --json")[1])["several_groups"] == 0
+    lead = check_report(place/"none"/"report.html").find(class_="lead").text
+    assert "not shown to answer to more than one group" in lead and "None" not in lead
 
 
 def test_another_dissection_is_not_taken_for_this_one(said, dissected):
@@ -357,7 +446,8 @@ def test_circuit_of_a_dissection(said, dissected, place):
 
 
 def test_sparsify_writes_a_folder(said, place):
-    line = f"sparsify --unit 4:1 --model tiny:build {folders} --keeps 0.2,0.5 --seeds 2 --steps 10 --json"
+    line = (f"sparsify --unit 4:1 --model tiny:build {folders} --keeps 0.2,0.5 --seeds 2 --steps "
+            "10 --json")
     code, out, _ = said(line)
     table = pd.read_csv(place/"frontier"/"frontier.csv")
     assert code == 0 and len(table) == 4 and {*table.keep} == {.2, .5}
@@ -369,13 +459,15 @@ def test_sparsify_writes_a_folder(said, place):
 
 
 def test_label_writes_a_folder_and_goes_on(said, place):
-    line = "label --images digits --first 30 --ask 30 --steps 6 --batch 16 --network resnet8_half --pad 0 --no-flip --loops 2 --json"
+    line = ("label --images digits --first 30 --ask 30 --steps 6 --batch 16 --network resnet8_half "
+            "--pad 0 --no-flip --loops 2 --json")
     code, out, _ = said(line)
     assert code == 0 and [row["labelled"] for row in json.loads(out)["table"]] == [30, 60]
     check_report(place/"labels"/"report.html")
     assert said(line)[1] == out
     code, _, err = said(line.replace("--steps 6", "--steps 7"))
-    assert code == 1 and "holds another run" in err
+    assert code == 1 and err == ("superpos label: --out labels holds another run: its steps is 6, "
+                                 "asked for is 7; give another folder\n")
 
 
 def test_toy_writes_a_folder(said, place):
@@ -440,6 +532,52 @@ def test_data(said, tmp_path, monkeypatch, state):
     assert code == 1 and "1 of 1 sets cannot be used: weights" in err and "w.safetensors" in err
 
 
+def test_a_damaged_archive_is_named(said, monkeypatch):
+    from superpos import data
+    for problem in (EOFError("it ended early"), tarfile.ReadError("unexpected end of data")):
+        def fetch(*given, problem=problem): raise problem
+        monkeypatch.setattr(data, "fetch", fetch)
+        code, _, err = said("data fetch cifar10 --root sets")
+        assert code == 1 and err == (
+            f"superpos data fetch: cifar-10-python.tar.gz is damaged ({problem}); remove it from "
+            "sets and fetch it again\n")
+
+
+@pytest.mark.parametrize("line", ["data list", "info", "studies list"])
+def test_a_cache_that_cannot_be_written_is_not_needed(said, project, monkeypatch, line):
+    (project/"file").touch()
+    monkeypatch.setenv("SUPERPOS_CACHE", str(project/"file"/"cache"))
+    (project/"nbs"/"results").mkdir()
+    (project/"nbs"/"results"/"sum-0.json").write_text(json.dumps(dict(
+        name="sum", params={}, value=3, provenance=dict(seconds=1, date="", device="cpu"))))
+    code, out, err = said(line)
+    assert code == 0 and not err, err
+
+
+def test_places_are_those_of_the_library(monkeypatch, project, tmp_path):
+    from superpos import core, data
+    (tmp_path/"data"/"weights").mkdir(parents=True)
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path))
+    assert cli._cache() == core.cache_dir() and cli._results() == core.results_dir()
+    found = {name: place for name, place in cli._where().items() if place}
+    assert found == dict(weights=data.find_data("weights"))
+    monkeypatch.chdir("/")
+    assert cli._results() == core.results_dir()
+    monkeypatch.setenv("SUPERPOS_RESULTS", str(tmp_path/"r"))
+    assert cli._results() == core.results_dir()
+
+
+@pytest.mark.parametrize("line", ["--help", "label --help", "data list", "circuit --help"])
+def test_what_needs_no_torch_does_not_import_it(line):
+    code = ("import sys\nfrom superpos.cli import main\n"
+            f"assert main({line.split()}) == 0\n"
+            "heavy = {'torch', 'torchvision', 'pandas', 'matplotlib', 'scipy'} & {*sys.modules}\n"
+            "assert not heavy, heavy")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(Path(cli.__file__).parent.parent)))
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_info(said):
     found = json.loads(said("info --json")[1])
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -453,7 +591,8 @@ def test_a_reader_who_has_read_enough():
 
 
 def test_what_pages_need():
-    code = 'find_data("weights/a.safetensors")\nfolder(find_data(f"polysemantic/{x}"))\ncifar10("test")\nmy_cifar10()'
+    code = ('find_data("weights/a.safetensors")\nfolder(find_data(f"polysemantic/{x}"))\n'
+            'cifar10("test")\nmy_cifar10()')
     assert cli._needs(code) == {"weights", "polysemantic", "cifar10"}
 
 
@@ -470,7 +609,8 @@ def superpos(line, **how):
 
 
 def test_interrupted_dissection_goes_on(said, place):
-    line = "dissect --model large:build --layer 4 --images photos --k 40 --nulls 99 --units 0-15 --show 0 --out stopped"
+    line = ("dissect --model large:build --layer 4 --images photos --k 40 --nulls 99 --units 0-15 "
+            "--show 0 --out stopped")
     rows = place/"stopped"/"state"/"units.jsonl"
     running = superpos(line)
     until = time.monotonic() + 300
@@ -483,7 +623,8 @@ def test_interrupted_dissection_goes_on(said, place):
     kept = rows.read_text().splitlines()
     done = len(kept) - 1
     assert 1 <= done < 16
-    assert err == f"superpos dissect: stopped; {Path('stopped')/'state'} keeps what was finished ({done} units); the same command goes on from there\n"
+    assert err == (f"superpos dissect: stopped; {Path('stopped')/'state'} keeps what was finished "
+                   f"({done} units); the same command goes on from there\n")
     assert said(line)[0] == 0
     assert rows.read_text().splitlines()[:done + 1] == kept
     assert len(pd.read_csv(place/"stopped"/"units.csv")) == 16
@@ -494,7 +635,8 @@ def test_interrupted_with_nothing_to_keep(said, monkeypatch):
     monkeypatch.setattr(cli, "_network", stop)
     code, out, err = said(f"{dissect} --out fresh")
     assert code == 130
-    assert err == "superpos dissect: stopped; nothing was finished yet, so the same command starts afresh\n"
+    assert err == ("superpos dissect: stopped; nothing was finished yet, so the same command "
+                   "starts afresh\n")
     monkeypatch.setattr(cli, "_parser", stop)
-    assert (said("label --images digits") == (130, "", "superpos label: stopped; nothing was "
-                                              "begun\n"))
+    assert said("label --images digits") == (130, "",
+                                             "superpos label: stopped; nothing was begun\n")

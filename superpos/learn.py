@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .acquire import Pool, check_rows, mc_dropout, query, strategies
-from .core import atomic_write, default_device, encode, progress
+from .core import atomic_write, encode, progress
 from .data import Images, on_device
 from .model import ResNet8, fingerprint, imagenet_deviation, imagenet_mean, load_model
 
@@ -49,7 +49,7 @@ class ResidentImages:
 
     def batch(self,
         rows: torch.Tensor,  # (B,) integers
-        rng: torch.Generator | None = None,  # for random crops, and flips if asked for; None: the images as they are
+        rng: torch.Generator | None = None,  # of crops, and flips if asked for; None: none
         flip: bool = False,  # mirror half of the images
     ) -> torch.Tensor:  # (B, 3, H, W) as `imagenet_input` gives it, channels_last
         "Some of the images, as a network takes them."
@@ -58,8 +58,8 @@ class ResidentImages:
             shifts = torch.randint(-self.pad, self.pad + 1, (2, len(rows), 1),
                                    generator=rng).to(self.device)
             mirrored = (torch.rand(len(rows), 1, generator=rng) < .5*flip).to(self.device)
-            down, across = (down + shifts[0], torch.where(mirrored, across.flip(0), across)
-                            + shifts[1])
+            down = down + shifts[0]
+            across = torch.where(mirrored, across.flip(0), across) + shifts[1]
         x = self.pixels[rows[:, None, None], down.expand(len(rows), -1)[:, :, None],
                         across.expand(len(rows), -1)[:, None]]
         return x.permute(0, 3, 1, 2).float().mul_(self.scale).add_(self.shift)
@@ -92,7 +92,7 @@ networks = dict(resnet18=_resnet18, resnet18_3x3=_resnet18_3x3, resnet8=_resnet8
 def network(
     name: str,  # one of `networks`
     classes: int,  # of the head
-    weights: str | None = None,  # for `load_model`: a file, or torchvision's name of pretrained ones; None: random
+    weights: str | None = None,  # for `load_model`: a file, or torchvision's name; None: random
     seed: int = 0,  # of the random weights
 ) -> nn.Module:  # channels_last, in training mode
     "A network ready to be trained: the same one for the same seed, on every device."
@@ -116,7 +116,7 @@ def logits_and_features(
     data: ResidentImages,  # the images
     rows: torch.Tensor | None = None,  # of the images; all by default
     batch: int = 500,  # images at a time
-) -> tuple[torch.Tensor, torch.Tensor]:  # logits (N, C) and features (N, d), on the device of the data
+) -> tuple[torch.Tensor, torch.Tensor]:  # logits (N, C) and features (N, d), where the data is
     "What a network says of images, and what its head is given."
     rows, kept, logits = torch.arange(len(data)) if rows is None else rows, [], []
     handle = linear_head(model).register_forward_pre_hook(lambda module, given: kept.append(
@@ -137,8 +137,8 @@ def reliability(
     logits: torch.Tensor,  # (N, C)
     labels: torch.Tensor,  # (N,)
     bins: int = 15,  # of equal width over 0..1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # of each bin: mean confidence, accuracy, share of the images; NaN in empty bins
-    "How often a network is right, by how sure it is."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # mean confidence, accuracy, share of the images
+    "How often a network is right, by how sure it is: a value for each bin, NaN in empty ones."
     sure, said = logits.double().softmax(-1).max(-1)
     inside, right = (sure*bins).long().clamp(max=bins - 1), (said == labels).double()
     total = lambda x: torch.zeros(bins, dtype=torch.double, device=x.device).index_add(0, inside, x)
@@ -173,14 +173,14 @@ class Plan:
     network: str = "resnet18"  # one of `networks`
     weights: str | None = None  # to start from, see `network`
     optimizer: str = "sgd"  # or "adamw"
-    lr: float = .05  # largest learning rate: reached after a twentieth of a loop, then down to nought by a cosine
+    lr: float = .05  # the highest rate: after a twentieth of a loop, then down by a cosine
     decay: float = 5e-4  # of the weights
     pad: int = 4  # pixels by which random crops move
     flip: bool = True  # mirror half of the images
     dropout: float = 0.  # of the features, in training
-    committee: str = "dropout"  # "dropout", "checkpoints" (of the second half of a loop) or "seeds"; for strategies that need one
+    committee: str = "dropout"  # "dropout", "checkpoints" (a loop's second half) or "seeds"
     members: int = 8  # of the committee
-    dims: int | None = None  # keep so many principal directions of the features for strategies that look at distances; None: all
+    dims: int | None = None  # principal directions kept of the features, for distances; None: all
 
     def __post_init__(self):
         allowed = dict(protocol=protocols, optimizer=("sgd", "adamw"),
@@ -212,7 +212,7 @@ def _order(size: int, *parts: int | str) -> torch.Tensor:
     return torch.randperm(size, generator=_rng(*parts))
 
 def _positions(size: int, batch: int, step: int, *parts: int | str) -> torch.Tensor:
-    "The images of a step: every image once before any is there again, in another order each time round."
+    "The images of a step: each once before any is there again, in another order every time."
     at = torch.arange(step*batch, (step + 1)*batch)
     rounds = at//size
     return torch.cat([_order(size, *parts, "order", r)[at[rounds == r] % size]
@@ -237,13 +237,13 @@ def train(
     plan: Plan,  # its steps, batches, rates and augmentation
     loop: int = 0,  # number of the loop: each has its own batches
     start: int = 0,  # steps that are done already
-    after: Callable[[int, torch.Tensor], None] | None = None,  # called after each step with the number of steps done and the loss
+    after: Callable[[int, torch.Tensor], None] | None = None,  # given the steps done and the loss
 ) -> None:
     "The gradient steps of one loop."
     rng, labels = None, data.labels[rows.to(data.device)]
-    drop = lambda module, given: (given[0]*(torch.rand(given[0].shape,
-                                                       generator=rng) >= plan.dropout).to(
-                                                           data.device)/(1 - plan.dropout),)
+    def drop(module, given):
+        kept = torch.rand(given[0].shape, generator=rng) >= plan.dropout
+        return given[0]*kept.to(data.device)/(1 - plan.dropout),
     handle = linear_head(model).register_forward_pre_hook(drop) if plan.dropout else None
     try:
         model.train()
@@ -284,7 +284,7 @@ class RunRecord:
     @classmethod
     def of(cls,
         saved: dict,  # what `as_dict` gave, encoded and decoded or not
-    ) -> "Record":
+    ) -> "RunRecord":
         "The inverse of `as_dict`."
         return cls(**saved)
 
@@ -313,10 +313,8 @@ class _State:
 
     def load(self, path: Path, about: dict) -> "_State":
         info, tensors = _read(path)
-        if other := [k for k in about if info["about"].get(k) != about[k]]:
-            raise ValueError(f"{path.parent} holds another run: its {other[0]} is "
-                             f"{info['about'].get(other[0])}, not {about[other[0]]}; give another "
-                             "folder")
+        if other := _difference(info["about"], about):
+            raise ValueError(f"{path.parent} holds another run: {other}; give another folder")
         self.model.load_state_dict(tensors["model"])
         state, names = self.optimizer.state_dict(), sorted(tensors["optimizer"])
         for name in names:
@@ -326,6 +324,15 @@ class _State:
         self.asked = [tensors["asked"][str(k)] for k in range(info["asked"])]
         self.curves, self.loop, self.step = info["curves"], info["loop"], info["step"]
         return self
+
+def _difference(saved: dict, asked: dict) -> str | None:
+    "The first field in which two runs differ, in words."
+    for part, new in asked.items():
+        if (old := saved.get(part)) == new: continue
+        if part == "contents": return "it was made with other images, labels or chunks"
+        name = next(k for k in (old or {}) | new if (old or {}).get(k) != new.get(k))
+        if name == "classes": return "its images have other classes"
+        return f"its {name} is {(old or {}).get(name)!r}, not {new.get(name)!r}"
 
 def _read(path: Path) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
     from safetensors import SafetensorError, safe_open
@@ -370,7 +377,7 @@ def _needs(plan: Plan, given: list | None = None) -> tuple[str, ...]:
 def _ask(state: _State, data: ResidentImages, plan: Plan, snapshots: list[dict],
          fresh: Callable[[int], _State]) -> torch.Tensor:
     "Rows of the images to label next."
-    needs, labelled = _needs(plan), torch.cat(state.asked)
+    needs, labelled = _needs(plan), torch.cat(state.asked).sort().values
     rest = torch.arange(len(data))[~torch.isin(torch.arange(len(data)), labelled)]
     logits, features = logits_and_features(state.model, data, rest)
     if "committee" in needs:
@@ -398,9 +405,9 @@ def _committee(state: _State, data: ResidentImages, plan: Plan, snapshots: list[
     return torch.stack(found)
 
 def _rows(state: _State, plan: Plan) -> torch.Tensor:
-    "What the loop trains on."
-    return (state.asked[state.loop] if plan.protocol == "sequential"
-            else torch.cat(state.asked[:state.loop + 1]))
+    "What the loop trains on, in the pool's order: batches do not depend on that of asking."
+    asked = state.asked[state.loop if plan.protocol == "sequential" else 0:state.loop + 1]
+    return torch.cat(asked).sort().values
 
 # %% ../nbs/41_learn.ipynb #167dedf0
 def experiment(
@@ -408,33 +415,30 @@ def experiment(
     images: Images,  # to learn from; their labels are the oracle
     test: Images,  # to measure on, of the same classes
     folder: str | Path | None = None,  # for this run alone: where it is saved, and taken up again
-    chunks: Sequence | None = None,  # rows to label for each loop, instead of asking; `plan.strategy` is then just their name
+    chunks: Sequence | None = None,  # rows for each loop, instead of asking by `plan.strategy`
     device: torch.device | str | None = None,  # `default_device()` if none is named
     every: float = 60,  # seconds between saves within a loop
 ) -> RunRecord:
     "One run: a strategy, a protocol, a seed."
     given = _check(plan, images, test, chunks)
     data, held_out = ResidentImages(images, device, plan.pad), ResidentImages(test, device)
-    about = dict(plan=dataclasses.asdict(plan), data=dict(images=images.name, test=test.name,
-                                                          classes=list(images.classes)),
-                 contents=_contents(images, test, given))
+    about = dict(plan=dataclasses.asdict(plan), contents=_contents(images, test, given),
+                 data=dict(images=images.name, test=test.name, classes=list(images.classes)))
+    drawn = torch.randperm(len(data), generator=_rng(plan.seed, "first"))[:plan.first]
     def fresh(member: int = 0) -> _State:
         model = network(plan.network, data.classes, plan.weights,
                         _seed(plan.seed, "weights", *([member] if member else []))).to(data.device)
-        return _State(model, _optimizer(model, plan),
-                      [given[0] if given else torch.randperm(len(data),
-                                                             generator=_rng(plan.seed,
-                                                                            "first"))[:plan.first]],
+        return _State(model, _optimizer(model, plan), [given[0] if given else drawn],
                       {name: [] for name in ("accuracy", "loss", "ece")})
     state = fresh()
     if folder and (files := saved_loops(folder)): state.load(files[-1], about)
-    for _ in progress(range(len(state.curves["ece"]), plan.loops), f"{plan.strategy}, "
-                      f"{plan.protocol}, seed {plan.seed}"):
+    name = f"{plan.strategy}, {plan.protocol}, seed {plan.seed}"
+    for _ in progress(range(len(state.curves["ece"]), plan.loops), name):
         if len(state.curves["ece"]) > state.loop:  # the last loop is done
             state.loop, state.step = state.loop + 1, 0
             if plan.protocol == "cumulative_cold":
-                state = dataclasses.replace(state, model=(new := fresh()).model,
-                                            optimizer=new.optimizer)
+                new = fresh()
+                state = dataclasses.replace(state, model=new.model, optimizer=new.optimizer)
         _one_loop(state, data, held_out, plan, given, fresh,
                   folder and Path(folder)/f"loop-{state.loop:02}.safetensors", about, every)
         if folder:
@@ -483,7 +487,7 @@ def _record(state: _State, data: ResidentImages, plan: Plan, given: list | None,
     others = (plan.members - 1)*(plan.committee == "seeds" and "committee" in _needs(plan, given))
     return RunRecord(about["plan"], about["data"], asked, counts, counts.sum(1).cumsum(), steps,
                      others*np.minimum(steps, plan.steps*(plan.loops - 1)),
-                  *(np.array(state.curves[k]) for k in ("accuracy", "loss", "ece")),
+                     *(np.array(state.curves[k]) for k in ("accuracy", "loss", "ece")),
                      fingerprint(state.model))
 
 # %% ../nbs/41_learn.ipynb #235322d4
@@ -512,7 +516,7 @@ def _check(plan: Plan, images: Images, test: Images,
         return None
     if len(chunks) != plan.loops:
         raise ValueError(f"{plan.loops} loops need as many chunks, got {len(chunks)}")
-    parts = [torch.as_tensor(np.asarray(chunk)) for chunk in chunks]
+    parts = [torch.as_tensor(np.ascontiguousarray(chunk)) for chunk in chunks]
     if empty := [k for k, part in enumerate(parts) if not len(part)]:
         raise ValueError(f"chunk {empty[0]} is empty; each loop needs images")
     check_rows(torch.cat(parts), len(images))

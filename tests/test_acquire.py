@@ -1,4 +1,4 @@
-"Strategies against plain loops, other libraries and enumerated probabilities; bad pools and bad answers."
+"Strategies against plain loops, other libraries and enumerations; bad pools and bad answers."
 import itertools
 import math
 from types import SimpleNamespace
@@ -80,6 +80,33 @@ def test_near_certainty_keeps_an_order():
     assert (pool.logits.softmax(-1).amax(-1) == 1).all()
     for name in ("least_confidence", "ratio", "entropy"):
         assert query(pool, 3, name).tolist() == [2, 0, 1], name
+
+
+@pytest.mark.parametrize("gap", [700., 745., 800., 1e4])
+def test_what_no_member_expects_adds_nothing(gap):
+    sure = Pool(torch.tensor([[[gap, 0], [1, 0]], [[gap, 0], [0, 1]]], dtype=torch.double))
+    assert scores["mean_kl"](sure)[0] == pytest.approx(0, abs=1e-300)
+    assert query(sure, 1, "mean_kl").item() == 1
+    split = Pool(torch.tensor([[[gap, 0], [1, 0]], [[0, gap], [0, 1]]], dtype=torch.double))
+    assert scores["mean_kl"](split)[0] == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_two_strategies_are_others_by_another_name(seed):
+    pool = random_pool(seed=seed)
+    for name, other in dict(mean_kl="bald", consensus_entropy="entropy").items():
+        assert query(pool, 20, name).tolist() == query(pool, 20, other).tolist()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused(value):
+    by_score()(broken := lambda pool: torch.where(torch.arange(len(pool)) == 7, value, 1.))
+    strategies["broken"] = strategies.pop(broken.__name__)
+    try:
+        with pytest.raises(ValueError, match="1 of the 60 scores are not finite, the first of row "
+                           "7; a strategy gives a number for every image"):
+            query(random_pool(), 3, "broken")
+    finally: del strategies["broken"]
 
 
 # ---- other libraries, where they implement the same
@@ -338,18 +365,16 @@ bare = Pool(torch.zeros(4, 3))
      "finite"),
     (lambda: Pool(torch.zeros(4)), "logits have shape"),
     (lambda: Pool(torch.zeros(4, 1)), "logits have shape"),
-    (lambda: Pool(torch.zeros(4, 3),
-                  torch.zeros(5,
-                              2)), r"features must have shape \(4, 2\) for this pool, got \(5, 2\)"),
-    (lambda: Pool(torch.zeros(4, 3), torch.zeros(4, 2),
-                  torch.zeros(6,
-                              3)), r"known must have shape \('any', 2\) for this pool, got \(6, 3\)"),
-    (lambda: Pool(torch.zeros(4, 3),
-                  labels=torch.tensor([0, 1, 2])), r"labels must have shape \(4,\)"),
-    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2, -1])), "labels must lie in "
-     "0..2, got -1..2"),
-    (lambda: mc_dropout(torch.zeros(4, 3), torch.nn.Linear(3, 2),
-                        0), "rate between 0 and 1, got 0"),
+    (lambda: Pool(torch.zeros(4, 3), torch.zeros(5, 2)),
+     r"features must have shape \(4, 2\) for this pool, got \(5, 2\)"),
+    (lambda: Pool(torch.zeros(4, 3), torch.zeros(4, 2), torch.zeros(6, 3)),
+     r"known must have shape \('any', 2\) for this pool, got \(6, 3\)"),
+    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2])),
+     r"labels must have shape \(4,\)"),
+    (lambda: Pool(torch.zeros(4, 3), labels=torch.tensor([0, 1, 2, -1])),
+     "labels must lie in 0..2, got -1..2"),
+    (lambda: mc_dropout(torch.zeros(4, 3), torch.nn.Linear(3, 2), 0),
+     "rate between 0 and 1, got 0"),
 ])
 def test_one_clear_sentence(ask, message):
     with pytest.raises(ValueError, match=message): ask()

@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from superpos import learn
 from superpos.acquire import largest, least_confidence, query, strategies, strategy
-from superpos.core import cached, decode, encode
+from superpos.core import cached, decode
 from superpos.data import Images, digits, shapes
 from superpos.learn import (
     Plan,
@@ -34,7 +34,7 @@ from superpos.learn import (
     saved_loops,
     train,
 )
-from superpos.model import SmallAlexNet, fingerprint, imagenet_input
+from superpos.model import fingerprint, imagenet_input
 
 everything = digits()
 images, test = everything.select(slice(0, 200)), everything.select(slice(200, 300))
@@ -216,12 +216,12 @@ def test_protocols_by_hand(protocol):
     model = fresh()
     optimizer, labelled = learn._optimizer(model, plan), []
     for loop, new in enumerate(record.asked):
-        labelled += new.tolist()
+        labelled = sorted(labelled + new.tolist())
         if protocol == "cumulative_cold" and loop:
             model = fresh()
             optimizer = learn._optimizer(model, plan)
-        train(model, optimizer, data, torch.tensor(new.tolist() if protocol == "sequential"
-                                                   else labelled), plan, loop)
+        rows = sorted(new.tolist()) if protocol == "sequential" else labelled
+        train(model, optimizer, data, torch.tensor(rows), plan, loop)
         found = evaluate(model, ResidentImages(test, "cpu"))
         assert ((found["accuracy"], found["loss"], found["ece"])
                 == (record.accuracy[loop], record.loss[loop], record.ece[loop]))
@@ -268,6 +268,24 @@ def test_replayed_chunks_are_the_same_run():
     assert back.labelled.tolist() == [10, 20, 40] and back.weights != asked.weights
 
 
+@pytest.mark.parametrize("protocol", learn.protocols)
+def test_the_order_of_asking_is_no_matter(protocol):
+    asked = run(strategy="margin", protocol=protocol)
+    turned = run(protocol=protocol, chunks=[rows[::-1] for rows in asked.asked])
+    assert turned.weights == asked.weights and (turned.accuracy == asked.accuracy).all()
+
+
+def test_what_is_labelled_is_known_in_the_order_of_the_pool(monkeypatch):
+    pools = []
+    monkeypatch.setattr(learn, "query", lambda pool, *rest: (pools.append(pool),
+                                                             query(pool, *rest))[1])
+    data, model = ResidentImages(images, "cpu", small.pad), network(small.network, 10)
+    state = learn._State(model, None, [torch.tensor([9, 3]), torch.tensor([5, 1])], {})
+    learn._ask(state, data, dataclasses.replace(small, strategy="core_set"), [], None)
+    expected = logits_and_features(model, data, torch.tensor([1, 3, 5, 9]))[1]
+    assert torch.equal(pools[0].known, expected)
+
+
 def test_a_new_strategy_is_one_function():
     @strategy("features")
     def half_random(pool, count, rng):
@@ -302,7 +320,8 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {tests!r})
 from test_learn import *
 torch.set_num_threads({threads})
-plan = dataclasses.replace(small, steps=60, strategy={strategy!r}, protocol={protocol!r}, optimizer={optimizer!r}, dropout=.1, committee="checkpoints", members=3)
+plan = dataclasses.replace(small, steps=60, strategy={strategy!r}, protocol={protocol!r},
+                           optimizer={optimizer!r}, dropout=.1, committee="checkpoints", members=3)
 experiment(plan, images, test, {folder!r}, device="cpu", every=0)
 """
 
@@ -405,10 +424,19 @@ def test_other_classes_are_refused():
 
 def test_other_runs_are_refused(tmp_path):
     run(tmp_path, loops=1)
-    with pytest.raises(ValueError, match="holds another run: its plan is .*; give another folder"):
+    with pytest.raises(ValueError,
+                       match="holds another run: its seed is 0, not 1; give another folder"):
         run(tmp_path, loops=1, seed=1)
+    with pytest.raises(ValueError, match="its images is 'digits', not 'figures'; give"):
+        experiment(dataclasses.replace(small, loops=1), dataclasses.replace(images, name="figures"),
+                   test, tmp_path, device="cpu")
+    letters = tuple("abcdefghij")
+    with pytest.raises(ValueError, match="another run: its images have other classes; give"):
+        experiment(dataclasses.replace(small, loops=1),
+                   dataclasses.replace(images, classes=letters),
+                   dataclasses.replace(test, classes=letters), tmp_path, device="cpu")
     changed = dataclasses.replace(images, source=255 - images.source)
-    with pytest.raises(ValueError, match="holds another run: its contents is"):
+    with pytest.raises(ValueError, match="another run: it was made with other images, labels or"):
         experiment(dataclasses.replace(small, loops=1), changed, test, tmp_path, device="cpu")
 
 

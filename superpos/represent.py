@@ -137,9 +137,8 @@ def class_means(
     "The mean features of each class."
     x = _table(features)
     classes, place = _classes(labels, len(x))
-    return torch.zeros(len(classes), x.shape[1], dtype=x.dtype).index_add_(0, place,
-                                                                           x)/place.bincount()[:,
-                                                                                               None]
+    sums = torch.zeros(len(classes), x.shape[1], dtype=x.dtype).index_add_(0, place, x)
+    return sums/place.bincount()[:, None]
 
 def _centred_means(features, labels) -> torch.Tensor:
     "Class means around their own mean, refused if they do not differ."
@@ -198,7 +197,7 @@ def participation_ratio(
 def effective_rank(
     features,  # (N, d)
 ) -> float:  # 1..d
-    "exp of the entropy of the centred features' singular values, as shares (Roy and Vetterli 2007)."
+    "exp of the entropy of the singular values, centred, as shares (Roy and Vetterli 2007)."
     values = torch.linalg.svdvals(_varied(features))
     return torch.special.entr(values/values.sum()).sum().exp().item()
 
@@ -224,7 +223,7 @@ class Collapse:
     angles: float  # NC2: standard deviation of the cosines between them
     simplex: float  # NC2: mean distance of these cosines from −1/(C − 1)
     nc3: float  # distance of head and class means; NaN without a head
-    nc4: float  # share of images that head and nearest mean classify differently; NaN without logits
+    nc4: float  # share of images that head and nearest mean tell differently; NaN without logits
 
 def neural_collapse(
     features,  # (N, d)
@@ -304,15 +303,15 @@ class FeatureCounts:
                 else torch.full_like(self.values[0], math.nan))
 
 def effective_features(
-    features: torch.Tensor,  # (..., N, d): one table or several of the same shape, on the device that is to compute
+    features: torch.Tensor,  # (..., N, d): a table or several, on the device that is to compute
     width: int | None = None,  # atoms; twice as many as units by default
-    penalty: float = .2,  # on the sum of an image's activations, where the features' root mean square length is 1
+    penalty: float = .2,  # on an image's activations, for features of root mean square length 1
     seeds: Sequence[int] = (0, 1, 2),  # one autoencoder for each
     steps: int = 1000,  # of Adam
     batch: int = 256,  # images in a step
     lr: float = .03,  # learning rate, falling to 0 over the last third
 ) -> FeatureCounts:
-    "How many atoms a sparse autoencoder makes use of: exp of the entropy of their mean activations, as shares."
+    "Atoms a sparse autoencoder makes use of: exp of the entropy of their mean activations' shares."
     x = _standard(torch.as_tensor(features))
     width = width or 2*x.shape[-1]
     if not len(seeds): raise ValueError("give at least one seed: each is one autoencoder")
@@ -346,8 +345,8 @@ def _trained(x: torch.Tensor, width: int, penalty: float, seeds: list[int], step
     "Sparse autoencoders with a leading dimension of seeds, for each of the tables."
     tables, d, rngs = x.shape[:-2], x.shape[-1], [torch.Generator().manual_seed(s) for s in seeds]
     D = _unit(torch.stack([torch.randn(width, d, generator=rng) for rng in rngs]).to(x.device))
-    D = D.reshape(len(seeds), *[1]*len(tables), width, d).expand(len(seeds), *tables, width,
-                                                                 d).clone()
+    D = D.reshape(len(seeds), *[1]*len(tables), width, d)
+    D = D.expand(len(seeds), *tables, width, d).clone()
     sae = dict(D=D, encoder=D.mT.clone(), bias=D.new_zeros(*D.shape[:-2], 1, width),
                centre=D.new_zeros(*D.shape[:-2], 1, d))
     optimiser = torch.optim.Adam([p.requires_grad_() for p in sae.values()], lr=lr)

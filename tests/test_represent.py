@@ -1,4 +1,4 @@
-"Measures of a representation: double loops and closed forms as oracles, invariances, and what is refused."
+"Measures of a representation: double loops, closed forms, invariances, and what is refused."
 import dataclasses
 import itertools
 import math

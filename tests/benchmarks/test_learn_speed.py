@@ -1,4 +1,5 @@
-"Training and scoring against a plain DataLoader loop of the same model, turn by turn; and what the strategies add to one pass over a pool."
+"""Training and scoring against a plain DataLoader loop of the same model, turn by turn; and what
+the strategies add to one pass over a pool."""
 import statistics
 import time
 
@@ -92,15 +93,15 @@ def test_scoring(benchmark, images, name, least):
     data = ResidentImages(images, "cpu")
     assert torch.allclose(plain_scoring(theirs, images)[1], logits_and_features(ours, data)[1],
                           atol=1e-3)
-    ways = {"plain DataLoader loop": lambda: plain_scoring(theirs,
-                                                           images), "resident": lambda: logits_and_features(ours, data)}
+    ways = {"plain DataLoader loop": lambda: plain_scoring(theirs, images),
+            "resident": lambda: logits_and_features(ours, data)}
     gain = report(benchmark, interleaved(ways, 5), len(data))
     benchmark.pedantic(ways["resident"], rounds=1)
     assert gain > least
 
 
 def test_feeding(benchmark, images):
-    "Batches alone, without a network: what is left of the work when a device makes the network cheap."
+    "Batches alone, without a network: what is left where a device makes the network cheap."
     data, rows = ResidentImages(images, "cpu", plan.pad), torch.arange(len(images))
     loader = DataLoader(Pictures(images, T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(),
                                                     *normal])), plan.batch, shuffle=True)
@@ -114,14 +115,14 @@ def test_feeding(benchmark, images):
 
 @pytest.mark.parametrize("name,width", [("resnet18", 512), ("resnet8", 64)])
 def test_strategies_over_inference(benchmark, images, name, width):
-    """All strategies on one pool of 45,000 images (5,000 to choose, 5,000 labelled; a committee of 8; 64 directions of the features),
-    against a pass over so many, extrapolated from 512 in turn with the strategies."""
+    """All strategies on one pool of 45,000 images (5,000 to choose, 5,000 labelled; a committee of
+    8; 64 directions of the features), against a pass over so many, extrapolated from 512 in turn
+    with the strategies."""
     rng = torch.Generator().manual_seed(0)
     centres = torch.randn(10, width, generator=rng)
     labels = torch.randint(10, (50_000,), generator=rng)
-    mixed = torch.randn(50_000, width,
-                        generator=rng) @ (torch.randn(width, width, generator=rng)*torch.linspace(
-                            2, .05, width)/width**.5)
+    draws, turn = (torch.randn(n, width, generator=rng) for n in (50_000, width))
+    mixed = draws @ (turn*torch.linspace(2, .05, width)/width**.5)
     features = (.5*centres[labels] + mixed).relu()
     committee = .03*features[:45_000] @ centres.T + .3*torch.randn(8, 45_000, 10, generator=rng)
     model, data, spent, passes = network(name, 10), ResidentImages(images, "cpu"), {}, []

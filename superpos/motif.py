@@ -41,7 +41,7 @@ def balance_neurons(
 # %% ../nbs/19_motif.ipynb #f91a2664
 @dataclasses.dataclass(frozen=True)
 class Motif:
-    "Asymmetric superposition with inhibition (Elhage et al. 2022, *The asymmetric superposition motif*)."
+    "Asymmetric superposition with inhibition (Elhage et al. 2022)."
     neuron: int  # that holds both features
     aggressor: int  # the feature with the larger in-weight, which disturbs the other
     victim: int  # the feature with the larger out-weight
@@ -50,8 +50,8 @@ class Motif:
     side: int  # sign of the aggressor at which this happens, 1 or −1
     inward: tuple[float, float]  # in-weights of aggressor and victim, balanced
     outward: tuple[float, float]  # out-weights of aggressor and victim, balanced
-    inhibiting: tuple[float, float]  # the aggressor's in-weight at the inhibitor, and its out-weight to the victim, balanced
-    to_primary: tuple[float, float]  # out-weights to the primary, of the neuron and of the inhibitor, balanced
+    inhibiting: tuple[float, float]  # the inhibitor's: in from the aggressor, out to the victim
+    to_primary: tuple[float, float]  # out-weights to the primary: the neuron's, the inhibitor's
 
     @property
     def interference(self) -> float:
@@ -70,7 +70,7 @@ class Motif:
 
     @property
     def repair(self) -> float:
-        "The part of what the aggressor adds to the primary's output through the inhibitor that the neuron takes away again."
+        "What the neuron takes back of what the aggressor does to the primary by the inhibitor."
         return -abs(self.inward[0])*self.to_primary[0]/(abs(self.inhibiting[0])*self.to_primary[1])
 
     @property
@@ -82,8 +82,8 @@ class Motif:
 def find_motifs(
     toy: Toy,  # one model: select it with `toy[instance, seed]`
     gain: float = .5,  # least |in-weight|·out-weight of either feature at the neuron
-    asymmetry: float = 2.,  # least ratio of the two in-weights, and of the two out-weights the other way round
-    inhibition: float = .5,  # least part of the interference that the inhibitor takes away; 0: unequal pairs, inhibited or not
+    asymmetry: float = 2.,  # least ratio of the in-weights, and of the out-weights, reversed
+    inhibition: float = .5,  # least part of the interference that it takes away; 0: any pair
 ) -> list[Motif]:
     "Every asymmetric pair with its strongest inhibitor."
     _check_one(toy)
@@ -95,8 +95,8 @@ def find_motifs(
     W, V = toy.W.detach(), toy.V.detach().mT
     serves = W.abs()*V
     both = (serves[:, :, None] >= gain) & (serves[:, None] >= gain)
-    unequal = (W.abs()[:, :, None] >= asymmetry*W.abs()[:, None]) & (
-        V[:, None] >= asymmetry*V[:, :, None])
+    unequal = ((W.abs()[:, :, None] >= asymmetry*W.abs()[:, None])
+               & (V[:, None] >= asymmetry*V[:, :, None]))
     motifs = []
     for k, i, j in (both & unequal).nonzero().tolist():
         taken = -(W[k, i].sign()*W[:, i]).clamp(min=0)*V[:, j]
@@ -152,10 +152,8 @@ def explain(
     outward = torch.zeros_like(toy.V, dtype=torch.int64)
     inward[neurons, served] = outward[served, neurons] = (strength >= gain).long()
     for f in motifs:
-        inward[f.neuron, f.aggressor] = inward[f.neuron,
-                                               f.victim] = inward[f.inhibitor, f.aggressor] = 2
-        outward[f.aggressor, f.neuron] = outward[f.victim,
-                                                 f.neuron] = outward[f.victim, f.inhibitor] = 2
+        inward[[f.neuron, f.neuron, f.inhibitor], [f.aggressor, f.victim, f.aggressor]] = 2
+        outward[[f.aggressor, f.victim, f.victim], [f.neuron, f.neuron, f.inhibitor]] = 2
         if f.repair > 0: outward[f.primary, f.neuron] = 2
     return Parts(toy, motifs, inward, outward)
 
@@ -198,21 +196,18 @@ def predicted_increase(
     toy: Toy,  # one model: select it with `toy[instance, seed]`
     path: tuple[int, int, int],  # feature, neuron, output: what is cut
     features: Features,  # one instance, of independent signed features
-    among: Sequence[int] = (),  # other features whose states count; all the rest is taken to be silent
+    among: Sequence[int] = (),  # other features whose states count; the rest is silent
     nodes: int = 16,  # of the quadrature, on either side of 0
 ) -> float:
     "By how much cutting a path should raise the loss."
     severed = cut_path(toy, path)
-    if (not features.signed or features.instances != 1 or features.correlated
-        or features.anticorrelated or features.exactly is not None or features.n != toy.n):
-        raise ValueError(f"the prediction needs one instance of {toy.n} signed, independent "
-                         "features")
+    _check_independent(features, toy.n)
     feature, neuron, output = path
     density = features.density[0].double()
     weight = features.importance[0, output].item()
     side = int(toy.W[neuron, feature].sign())
-    toy, severed = (dataclasses.replace(t, W=t.W.detach().double(), V=t.V.detach().double(),
-                                        b=t.b.detach().double()) for t in (toy, severed))
+    toy, severed = (Toy(*(p.detach().double() for p in (t.W, t.b, t.V)), t.kind)
+                    for t in (toy, severed))
     others = [f for f in dict.fromkeys(among) if f != feature]
     if not others and feature != output:
         slopes = [((side*t.W[:, feature]).clamp(min=0) @ t.V[output]).item()
@@ -222,9 +217,14 @@ def predicted_increase(
     values, chances = zip(*(_states(density[f].item(), nodes) for f in (feature, *others)))
     x = torch.zeros(int(np.prod([len(v) for v in values])), toy.n, dtype=torch.float64)
     x[:, [feature, *others]] = torch.cartesian_prod(*values).reshape(len(x), -1)
-    after, before = (_error(t, x, output) @ torch.cartesian_prod(*chances).reshape(len(x), -1).prod(
-        1) for t in (severed, toy))
+    chance = torch.cartesian_prod(*chances).reshape(len(x), -1).prod(1)
+    after, before = (_error(t, x, output) @ chance for t in (severed, toy))
     return weight*(after - before).item()
+
+def _check_independent(features: Features, n: int) -> None:
+    if (not features.signed or features.instances != 1 or features.correlated
+        or features.anticorrelated or features.exactly is not None or features.n != n):
+        raise ValueError(f"the prediction needs one instance of {n} signed, independent features")
 
 def _error(toy: Toy, x: torch.Tensor, output: int) -> torch.Tensor:
     return (toy(x) - x.abs())[:, output].square()

@@ -1,9 +1,17 @@
-"Saved results: two processes at once, a killed process, foreign files; whatever is saved comes back the same."
+"Saved results: two at once, a kill, a full disk, foreign files; what is saved comes back the same."
+import contextlib
+import errno
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,16 +20,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superpos import core
 from superpos.core import (
+    Finding,
     MissingResult,
     atomic_write,
     cached,
+    conclude,
     decode,
     default_device,
     encode,
+    findings,
     mean_interval,
+    naming,
     progress,
     recall,
+    save_tensors,
     set_seed,
     share_interval,
 )
@@ -59,8 +73,14 @@ def test_a_killed_process_leaves_nothing_half_written(tmp_path):
     assert log.read_text() == "ran\nran\n"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"name": "study"}',
-                                     '{"name": "other", "params": {}, "provenance": {}, "value": 1}'])
+unsigned = dict(name="study", params={"n": 1}, provenance={}, value=1)
+another = unsigned | dict(params={"n": 5})
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "null", '{"name": "study"}', "["*100_000 + "]"*100_000, '"\\ud800',
+    '{"digest": ' + "["*100_000 + "]"*100_000 + "}", json.dumps(unsigned),
+    json.dumps(another | dict(digest=core._digest(another)))])
 def test_a_foreign_file_is_set_aside(tmp_path, content):
     cached("study", lambda n: n + 1, folder=tmp_path, n=1)
     file = next(tmp_path.glob("*.json"))
@@ -68,6 +88,45 @@ def test_a_foreign_file_is_set_aside(tmp_path, content):
     with pytest.warns(UserWarning, match=f"{file.name} cannot be trusted"):
         again = cached("study", lambda n: n + 1, folder=tmp_path, n=1)
     assert again.value == 2 and [p.read_text() for p in tmp_path.glob("*.damaged-*")] == [content]
+
+
+def test_a_file_that_was_changed_is_set_aside(tmp_path):
+    made = cached("study", lambda n: {"auroc": np.float32([.1, .9]), "n": n}, folder=tmp_path, n=1)
+    [file] = tmp_path.iterdir()
+    whole = file.read_text()
+    seconds = f'"seconds": {made.provenance["seconds"]}'
+    changes = [(".899", ".999"), ('"n": 1', '"n": 2'), ("float32", "float64"), ("[2]", "[2, 1]"),
+               (seconds, '"seconds": 7'), ('"digest": "', '"digest": "0')]
+    for old, new in changes:
+        assert old in whole, old
+        file.write_text(whole.replace(old, new))
+        with pytest.warns(UserWarning, match="do not fit its digest"), pytest.raises(MissingResult):
+            recall("study", folder=tmp_path, n=1)
+        assert not file.exists()
+    file.write_text(whole)
+    assert recall("study", folder=tmp_path, n=1).value["n"] == 1
+
+
+def test_every_saved_result_and_finding_of_the_book_fits_its_digest():
+    home = Path(__file__).parents[1]/"nbs"/"results"
+    files = [*home.glob("*.json"), *(home/"findings").glob("*.json")]
+    assert len(files) > 100
+    for file in files:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        assert saved["digest"] == core._digest(saved), file.name
+
+
+def test_findings_that_were_changed_are_set_aside(tmp_path):
+    found = Finding("A1", "", "holds", "", (1., .5, 2.), 3, "", "")
+    conclude("10_page", [found], tmp_path); conclude("20_page", [found], tmp_path)
+    assert [row["page"] for row in findings(tmp_path)] == ["10_page", "20_page"]
+    file = tmp_path/"findings"/"10_page.json"
+    file.write_text(file.read_text().replace("2.0", "1.5"))
+    with pytest.warns(UserWarning, match="10_page.json cannot be trusted"):
+        rows = findings(tmp_path)
+    assert [row["page"] for row in rows] == ["20_page"] and not file.exists()
+    conclude("10_page", [found], tmp_path)
+    assert len(findings(tmp_path)) == 2
 
 
 def test_a_function_that_fails_saves_nothing(tmp_path):
@@ -123,6 +182,150 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
         p.write_text("new")
         raise OSError("disk full")
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+# ---- full disks
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    "A file system of 64 kB on `folder`, where this system lets us have one."
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("this system lets nobody but its administrator mount a file system")
+    try: yield
+    finally: subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def small_files(folder):
+    "The system refuses to let any file grow beyond 64 kB, as a full disk does."
+    resource = pytest.importorskip("resource")
+    folder.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def saved_by_torch(path, n):
+    with atomic_write(path) as p: torch.save(dict(a=torch.zeros(n)), p)
+
+
+def text(path, n):
+    with atomic_write(path) as p: p.write_text("0"*4*n)
+
+
+def frame(path, n):
+    with atomic_write(path) as p: pd.DataFrame(dict(a=np.arange(n))).to_csv(p)
+
+
+writers = dict(text=text, frame=frame, torch=saved_by_torch,
+               tensors=lambda path, n: save_tensors(path, dict(a=torch.zeros(n))))
+
+
+@pytest.mark.parametrize("limit", [small_disk, small_files])
+@pytest.mark.parametrize("writer", writers)
+def test_a_full_disk_is_named_with_its_file_and_leaves_the_old_one(tmp_path, writer, limit):
+    file = tmp_path/"disk"/"a.file"
+    with limit(tmp_path/"disk"):
+        writers[writer](file, 10)
+        old = file.read_bytes()
+        with pytest.raises(OSError, match=re.escape(str(file))): writers[writer](file, 100_000)
+        assert list(file.parent.iterdir()) == [file] and file.read_bytes() == old
+        writers[writer](file, 100)
+        assert file.read_bytes() != old
+
+
+def test_an_error_that_has_nothing_to_do_with_writing_stays_what_it_is(tmp_path):
+    missing = FileNotFoundError(2, "no", "b")
+    for error in (ValueError("x"), RuntimeError("y"), OSError("z"), missing):
+        with pytest.raises(type(error)) as caught, naming(tmp_path/"a"): raise error
+        assert caught.value is error and str(tmp_path) not in str(error)
+    with pytest.raises(OSError, match=r"space left on device: '.*/a'"), naming(tmp_path/"a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# ---- what a kill leaves
+
+
+def begin(file):
+    with atomic_write(file) as p:
+        p.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_kill_leaves_is_swept_when_the_file_is_written_again(tmp_path):
+    context, file = multiprocessing.get_context("fork"), tmp_path/"a.json"
+    others = [tmp_path/".a.json.swp", tmp_path/".b.json.01234567.tmp", tmp_path/".a.json"]
+    for other in others: other.write_text("not ours")
+    for _ in range(2):
+        writer = context.Process(target=begin, args=(file,))
+        writer.start(); writer.join()
+    assert len(set(tmp_path.iterdir()) - set(others)) == 1, "the second swept what the first left"
+    with atomic_write(file) as p: p.write_text("whole")
+    assert set(tmp_path.iterdir()) == {file, *others}
+    begun = context.Process(target=begin, args=(core._result_path("study", {}, tmp_path/"r"),))
+    cached("study", lambda: 1, folder=tmp_path/"r")
+    begun.start(); begun.join()
+    assert len(list((tmp_path/"r").iterdir())) == 2
+    cached("study", lambda: 1, folder=tmp_path/"r")
+    assert len(list((tmp_path/"r").iterdir())) == 1
+
+
+def test_what_a_living_writer_has_begun_is_not_swept(tmp_path):
+    file, begun, go_on = tmp_path/"a", threading.Event(), threading.Event()
+    def slowly():
+        with atomic_write(file) as p:
+            p.write_text("slow")
+            begun.set(); go_on.wait(60)
+    writer = threading.Thread(target=slowly); writer.start()
+    begun.wait(60)
+    with atomic_write(file) as p: p.write_text("fast")
+    assert file.read_text() == "fast" and len(list(tmp_path.iterdir())) == 2
+    go_on.set(); writer.join()
+    assert file.read_text() == "slow" and list(tmp_path.iterdir()) == [file]
+
+
+def write_often(file, answers):
+    try:
+        for n in range(300):
+            with atomic_write(file) as p: p.write_text(str(n))
+        answers.put(None)
+    except Exception as problem: answers.put(repr(problem))
+
+
+def test_many_writers_of_one_file_do_not_sweep_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    writing = [context.Process(target=write_often, args=(tmp_path/"a", answers)) for _ in range(4)]
+    for p in writing: p.start()
+    assert [answers.get(timeout=120) for _ in writing] == [None]*4
+    for p in writing: p.join()
+    assert (tmp_path/"a").read_text() == "299" and list(tmp_path.iterdir()) == [tmp_path/"a"]
+
+
+def test_tensors_come_back_with_what_is_said_of_them(tmp_path):
+    from safetensors import safe_open
+    x = torch.arange(6.).view(2, 3).T.requires_grad_()
+    save_tensors(tmp_path/"deep"/"a.safetensors", dict(x=x), dict(of="test"))
+    with safe_open(tmp_path/"deep"/"a.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("x"), x) and file.metadata() == {"of": "test"}
+
+
+def test_core_and_data_are_there_before_torch_is():
+    asked = "import sys, superpos.core, superpos.data; print({'torch', 'scipy'} & {*sys.modules})"
+    ran = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
+
+
+def test_a_cache_that_cannot_be_made_is_no_error_before_it_is_needed(tmp_path, monkeypatch):
+    (tmp_path/"file").write_text("in the way")
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path/"file"/"cache"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MissingResult): recall("study")
+    with pytest.raises(OSError, match=re.escape(str(tmp_path/"file"))): cached("study", lambda: 1)
 
 
 def test_seeds_and_devices(monkeypatch):

@@ -8,6 +8,7 @@ __all__ = ['Circuit', 'effective_mask', 'kept_fractions', 'extract', 'auroc', 's
 
 # %% ../nbs/33_circuit.ipynb #99125eb5
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import nn
 
 from .core import atomic_write, progress
 from .field import Pathway
-from .mask import Layout, random_like, respond
+from .mask import Layout, check_chain, mean_replacement, random_like, respond
 from .model import Unit, check_unit, fingerprint
 from .score import part_means, relevant_weights
 
@@ -35,7 +36,7 @@ class Circuit:
     weights: str  # `fingerprint` of the layers that it runs through, biases included
     cluster: str  # the group of images it is for, in words
     method: str  # how it was found
-    settings: dict = dataclasses.field(default_factory=dict)  # parameters and seed of the method, as JSON types
+    settings: dict = dataclasses.field(default_factory=dict)  # of the method, as JSON types
 
     @classmethod
     def of(cls,
@@ -65,38 +66,28 @@ class Circuit:
         path: str | Path,  # of the file, `.safetensors`
     ) -> None:
         "Write the circuit to one self-contained file."
-        from safetensors.torch import save_file
+        from safetensors.torch import save
         about = dict(unit=str(self.unit), names=self.layout.names, shapes=self.layout.shapes,
                      per=self.layout.per, branches=self.layout.branches,
                      weights=self.weights, cluster=self.cluster, method=self.method,
                      settings=self.settings)
-        bits = torch.from_numpy(np.packbits(self.mask.numpy()))
-        with atomic_write(path) as p:
-            save_file({"mask": bits}, p, metadata={"circuit": json.dumps(about)})
+        bits, text = np.packbits(self.mask.numpy()), json.dumps(about)
+        content = save({"mask": torch.from_numpy(bits)},
+                       metadata={"circuit": text, "digest": _digest(text, bits)})
+        with atomic_write(path) as p: p.write_bytes(content)
 
     @classmethod
     def load(cls,
         path: str | Path,  # of a file that `save` wrote
         model: nn.Module,  # the network it belongs to
     ) -> "Circuit":
-        "Read a circuit; raises `ValueError` if it belongs to other weights, or is not a circuit."
-        from safetensors import SafetensorError, safe_open
-        try:
-            with safe_open(path, "pt") as f:
-                about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
-            layout = Layout(tuple(map(str, about["names"])),
-                            tuple(tuple(map(int, s)) for s in about["shapes"]), about["per"],
-                            bool(about["branches"]))
-            if bits.dtype != torch.uint8 or bits.shape != (-(-len(layout)//8),):
-                raise ValueError(f"{tuple(bits.shape)} of {bits.dtype} are not {len(layout)} bits")
-            mask = torch.from_numpy(np.unpackbits(bits.numpy(), count=len(layout)).astype(bool))
-            words = [about[k] for k in ("unit", "weights", "cluster", "method")]
-            if not (all(isinstance(w, str) for w in words) and isinstance(about["settings"], dict)):
-                raise ValueError("its description is not text and settings")
+        "Read a circuit; raises `ValueError` if it is none, was changed, or has other weights."
+        from safetensors import SafetensorError
+        try: about, mask, layout = _read(path)
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OverflowError,
                 AttributeError) as problem:
-            raise ValueError(
-                f"{Path(path).name} is not the file of a circuit: {problem}") from problem
+            raise ValueError(f"{Path(path).name} is not the file of a circuit: "
+                             f"{problem}") from problem
         unknown = set(layout.names) - set(model.state_dict())
         if unknown or _identity(model, layout) != about["weights"]:
             raise ValueError(f"{Path(path).name} belongs to other weights ({about['weights']}) "
@@ -115,18 +106,44 @@ class Circuit:
         "The unit's response on the circuit alone."
         return respond(path, self.unit.index, x, self.mask, self.layout)
 
+def _digest(text: str, bits: np.ndarray) -> str:
+    return hashlib.sha256(text.encode() + b"\n" + bits.tobytes()).hexdigest()
+
+def _read(path: str | Path) -> tuple[dict, torch.Tensor, Layout]:
+    "The description, mask and layout in a circuit's file."
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f: saved, bits = f.metadata() or {}, f.get_tensor("mask")
+    if "digest" not in saved:
+        raise ValueError("it has no digest of what it holds, so nobody can tell whether it was "
+                         "changed; find the circuit again")
+    if saved["digest"] != _digest(saved["circuit"], bits.numpy()):
+        raise ValueError("its mask, unit or settings were changed after it was written; take "
+                         "another copy")
+    about = json.loads(saved["circuit"])
+    layout = Layout(tuple(map(str, about["names"])),
+                    tuple(tuple(map(int, s)) for s in about["shapes"]), about["per"],
+                    bool(about["branches"]))
+    if bits.dtype != torch.uint8 or bits.shape != (-(-len(layout)//8),):
+        raise ValueError(f"{tuple(bits.shape)} of {bits.dtype} are not {len(layout)} bits")
+    words = [about[k] for k in ("unit", "weights", "cluster", "method")]
+    if not (all(isinstance(w, str) for w in words) and isinstance(about["settings"], dict)):
+        raise ValueError("its description is not text and settings")
+    mask = np.unpackbits(bits.numpy(), count=len(layout)).astype(bool)
+    return about, torch.from_numpy(mask), layout
+
 def _fits(model: nn.Module, unit: Unit, layout: Layout) -> bool:
     "Whether the shapes of a layout are those of the weights that it names."
     state = model.state_dict()
     weights = [state[name][unit.index:unit.index + 1] if name == f"{unit.layer}.weight"
                else state[name] for name in layout.names]
-    return (layout.per in ("weight", "kernel", "filter", "channel") and layout.names[-1:]
-            == (f"{unit.layer}.weight",) and len({*layout.names}) == len(weights)
+    return (layout.per in ("weight", "kernel", "filter", "channel")
+            and layout.names[-1:] == (f"{unit.layer}.weight",)
+            and len({*layout.names}) == len(weights)
             and all(w.ndim in (2, 4) and part_means(w.double(), layout.per).shape == shape
                     for w, shape in zip(weights, layout.shapes)))
 
 def _identity(model: nn.Module, layout: Layout) -> str:
-    "A digest of all that the response of a circuit may depend on: everything but the convolutions and linear layers it does not run through."
+    "A digest of everything but the convolutions and linear layers it does not run through."
     through = {name.rpartition(".")[0] for name in layout.names}
     owners = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
               and name not in through}
@@ -172,7 +189,7 @@ def _alive_in_branches(
     layout: Layout,  # of the mask
     path: Pathway,  # to the unit
 ) -> list[torch.Tensor]:  # for each layer, bool, (out, in)
-    "The same where layers branch: what has a slope when all that is kept is positive, so that nothing cancels and no ReLU closes."
+    "The same where layers branch: what has a slope when all that is kept is positive."
     modules, model = dict(path.model.named_modules()), path.model
     owner = lambda name: modules[name.rpartition(".")[0]]
     if odd := [name for name in path.parameters()
@@ -187,15 +204,15 @@ def _alive_in_branches(
         v += isinstance(owner(name), nn.BatchNorm2d) and name.endswith(("weight", "running_var"))
     ones = {name: torch.ones_like(w, dtype=torch.double)
             for name, w in relevant_weights(path, 0).items()}
+    last = layout.names[-1]
     images = torch.rand(8, *path.size, dtype=torch.double,
-                        generator=torch.Generator().manual_seed(0)).to(mask.device)
-    with torch.enable_grad():
+                        generator=torch.Generator().manual_seed(0)).to(state[last].device)
+    with torch.enable_grad():  # nothing cancels and no ReLU closes
         kept = {name: (w/w[0].numel()).requires_grad_()
                 for name, w in layout.apply(mask, ones).items()}
-        y = path(path.crop(images),
-                 state | kept | {(last := layout.names[-1]): kept[last].expand_as(state[last])})
+        y = path(path.crop(images), state | kept | {last: kept[last].expand_as(state[last])})
         slopes = torch.autograd.grad(y[:, 0].sum(), list(kept.values()))
-    return [(w*slope).reshape(*w.shape[:2], -1).sum(2) > 0
+    return [((w*slope).reshape(*w.shape[:2], -1).sum(2) > 0).to(mask.device)
             for w, slope in zip(kept.values(), slopes)]
 
 def effective_mask(
@@ -208,10 +225,10 @@ def effective_mask(
         raise ValueError(f"the layers before '{layout.names[-1]}' branch; give the pathway, "
                          "`effective_mask(mask, layout, path)`")
     alive = _alive_in_branches(mask, layout, path) if layout.branches else _alive(mask, layout)
-    shaped = {"filter": lambda k, p: k.any(1), "channel": lambda k, p: k.any(
-        0), "kernel": lambda k, p: k, "weight": lambda k, p: k.view(*k.shape,
-                                                                    *[1]*(p.ndim - 2)) & p}
-    return layout.flatten({name: shaped[layout.per](k, p)
+    def shaped(k, p):
+        if layout.per == "weight": return k.view(*k.shape, *[1]*(p.ndim - 2)) & p
+        return k if layout.per == "kernel" else k.any(1 if layout.per == "filter" else 0)
+    return layout.flatten({name: shaped(k, p)
                            for k, (name, p) in zip(alive, layout.views(mask).items())})
 
 # %% ../nbs/33_circuit.ipynb #0df1bd20
@@ -219,7 +236,7 @@ def kept_fractions(
     path: Pathway,  # to the unit
     mask: torch.Tensor,  # bool, flat, in `layout`
     layout: Layout,  # of the mask
-) -> dict[str, float]:  # fractions: kept of all entries, of the relevant ones, and of these after dropping dead ends
+) -> dict[str, float]:  # kept of all entries; of the relevant ones; of these without dead ends
     "How much a circuit keeps, by three counts."
     every = sum(part_means(p.detach(), layout.per).numel() for name, p in path.parameters().items()
                 if name in layout.names)
@@ -277,15 +294,15 @@ def extract(
     if not alive[-1].any(): return nn.Sequential(_Constant(constant[0]))
     parts, live = [], torch.ones(3, dtype=torch.bool)
     for link in path.chain:
+        m, name = link.module, f"{link.name}.weight"
         if any(link.padding):
-            parts.append(_Pad(link.padding, -torch.inf if isinstance(link.module, nn.MaxPool2d)
-                              else 0.))
-        name = f"{link.name}.weight"
-        if not isinstance(link.module, nn.Conv2d): parts.append(_slice(link.module, live)); continue
-        parts += _small(link.module, weights[name][lives[name]],
-                        _bias(link.module, len(weights[name]), unit)[lives[name]], inputs[name],
-                        live)
-        live = lives[name]
+            parts.append(_Pad(link.padding, -torch.inf if isinstance(m, nn.MaxPool2d) else 0.))
+        if not isinstance(m, nn.Conv2d):
+            parts.append(_slice(m, live))
+            continue
+        w, alive_here = weights[name], lives[name]
+        parts += _small(m, w[alive_here], _bias(m, len(w), unit)[alive_here], inputs[name], live)
+        live = alive_here
     return nn.Sequential(*parts, nn.Flatten(0)).eval().requires_grad_(False)
 
 def _small(m: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor,
@@ -337,7 +354,7 @@ def auroc(
                                torch.cat([positive, negative]).cpu().numpy()))
 
 def scorecard(
-    own: tuple[torch.Tensor, torch.Tensor],  # responses on the circuit and on the whole network, (N,) each
+    own: tuple[torch.Tensor, torch.Tensor],  # responses on the circuit and on the whole, (N,) each
     other: tuple[torch.Tensor, torch.Tensor],  # the same for the other cluster
     background: tuple[torch.Tensor, torch.Tensor],  # the same for the background
 ) -> dict[str, float]:  # the measures, with `_before` for the whole network
@@ -363,45 +380,23 @@ def ablate(
     x: torch.Tensor,  # crops of images, (N, 3, h, w)
     mask: torch.Tensor,  # bool, flat: what is kept
     layout: Layout,  # of the mask
-    fill: str = "zero",  # "zero", "mean" or "resample": what stands in for the contribution of the rest
+    ablation: str = "zero",  # what stands in for the rest: "zero", "mean" or "resample"
     reference: torch.Tensor | None = None,  # crops that the mean is over, or that are drawn from
     seed: int = 0,  # of the drawing
     batch: int = 64,  # images at a time
 ) -> torch.Tensor:  # pre-activations, (N,)
-    "A unit's response where the contribution of the dropped weights is zero, the mean, or that of other images."
-    if fill not in ("zero", "mean", "resample"):
-        raise ValueError(f"fill is 'zero', 'mean' or 'resample', got '{fill}'")
-    if fill == "zero": return respond(path, unit, x, mask, layout, batch)
+    "A unit's response where dropped weights contribute nothing, the mean, or other images' share."
+    if ablation not in ("zero", "mean", "resample"):
+        raise ValueError(f"ablation is 'zero', 'mean' or 'resample', got '{ablation}'")
+    if ablation == "zero": return respond(path, unit, x, mask, layout, batch)
     if reference is None or not len(reference):
-        raise ValueError(f"fill='{fill}' needs reference images")
-    if not path.exact_crop:
-        raise NotImplementedError(f"fill='{fill}' needs a chain of layers; {path.why}")
-    weights, generator = relevant_weights(path, unit), torch.Generator().manual_seed(seed)
-    kept, dropped = (layout.apply(m, weights) for m in (mask, ~mask))
-    drawn = torch.randint(len(reference), (len(x),), generator=generator)
-    means = {}
-    if fill == "mean":
-        for part in reference.split(batch):
-            for name, value in _dropped(path, unit, part, weights, dropped).items():
-                means[name] = means.get(name, 0) + value.sum(0, keepdim=True)/len(reference)
-    found = []
-    for part, index in zip(x.split(batch), drawn.split(batch)):
-        rest = means if fill == "mean" else _dropped(path, unit, reference[index], weights, dropped)
-        found.append(path(part, unit=unit,
-                          convolve=lambda name, m, z: _conv(m, z, kept[name],
-                                                            _bias(m, len(kept[name]), unit))
-                          + rest[name]))
-    return torch.cat(found)
-
-def _dropped(path: Pathway, unit: int, x: torch.Tensor, weights: dict,
-             dropped: dict) -> dict[str, torch.Tensor]:
-    "What the dropped weights contribute to each layer when the whole network sees `x`."
-    found = {}
-    def both(name, m, z):
-        found[name] = _conv(m, z, dropped[name], None)
-        return _conv(m, z, weights[name], _bias(m, len(weights[name]), unit))
-    path(x, convolve=both)
-    return found
+        raise ValueError(f"ablation='{ablation}' needs reference images")
+    check_chain(path)
+    if ablation == "mean": instead = mean_replacement(path, unit, reference, batch)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        instead = reference[torch.randint(len(reference), (len(x),), generator=generator)]
+    return respond(path, unit, x, mask, layout, batch, instead)
 
 # %% ../nbs/33_circuit.ipynb #38ee3cc3
 def faithfulness(
@@ -411,7 +406,7 @@ def faithfulness(
     layout: Layout,  # of the mask
     own: torch.Tensor,  # held-out crops of the circuit's cluster
     other: torch.Tensor,  # held-out crops of the unit's other clusters
-    background: torch.Tensor,  # held-out crops of anything else; also the reference that replacements come from
+    background: torch.Tensor,  # held-out crops of anything else; replacements are from these
     seed: int = 0,  # of the random mask and of resampling
 ) -> dict[str, dict[str, float]]:  # a `scorecard` for each test
     "How a circuit, its complement and a random mask do under zero, mean and resample ablation."
@@ -420,17 +415,18 @@ def faithfulness(
     tests = {"circuit": (mask, "zero"), "circuit, mean": (mask, "mean"),
              "circuit, resample": (mask, "resample"),
              "complement": (~mask, "zero"), "random": (random_like(mask, layout, seed), "zero")}
-    return {name: scorecard(*zip([ablate(path, unit, x, m, layout, fill, background, seed)
-                                  for x in groups], whole)) for name, (m, fill) in tests.items()}
+    judged = lambda m, ablation: [ablate(path, unit, x, m, layout, ablation, background, seed)
+                                  for x in groups]
+    return {name: scorecard(*zip(judged(*test), whole)) for name, test in tests.items()}
 
 # %% ../nbs/33_circuit.ipynb #a2733302
 def against_controls(
     recipe: Callable,  # (path, unit) to a dict of measures: finds a circuit and judges it
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
-    controls: int | Sequence[int] = 8,  # how many other units of the layer, drawn at random, or which
+    controls: int | Sequence[int] = 8,  # how many other units of the layer at random, or which
     seed: int = 0,  # of the drawing
-) -> dict[str, dict]:  # for each measure: value, controls (list), excess over their mean, and the share of units at least as high, p
+) -> dict[str, dict]:  # by measure: value, controls, excess over their mean, share as high as it, p
     "What a recipe finds for a unit, against what it finds for control units."
     if isinstance(controls, int):
         others = [u for u in range(path.model.get_submodule(path.layer).weight.shape[0])
@@ -447,8 +443,9 @@ def against_controls(
             for k, v in mine.items()}
 
 # %% ../nbs/33_circuit.ipynb #f8b63ed3
-def _chance(a: int, b: int, n: int) -> tuple[int, np.ndarray]:  # the first number whose probability is not zero, and the probabilities from there on
-    "How many of `n` entries two independent masks share that keep `a` and `b`: hypergeometric, by the ratios of neighbours."
+def _chance(a: int, b: int, n: int) -> tuple[int, np.ndarray]:
+    "How many of `n` entries masks of `a` and `b` share: first number, probabilities from it on."
+    # hypergeometric, by the ratios of neighbours; zeros at both ends are left out
     k = np.arange(max(0, a + b - n), min(a, b), dtype=float)
     logs = np.append(0, np.log((a - k)*(b - k)/((k + 1)*(n - a - b + k + 1)))).cumsum()
     pmf = np.exp(logs - logs.max())
@@ -460,7 +457,7 @@ def overlap(
     b: torch.Tensor,  # another
     layout: Layout,  # of both
 ) -> list[dict]:  # for each layer, and last for "all": layer, jaccard, expected, low, high, p
-    "Jaccard index of two masks beside what independent masks of the same sizes in each layer would have."
+    "Jaccard index of two masks beside that of independent ones of the same sizes in each layer."
     sizes = [(name, int(x.sum()), int(y.sum()), int((x & y).sum()), len(x))
              for name, x, y in zip(layout.names, a.split(layout.sizes), b.split(layout.sizes))]
     rows, least, every = [], 0, np.ones(1)
@@ -496,11 +493,11 @@ def matched_mask(
     return torch.cat(parts)
 
 def overlaps(
-    pairs: dict[str, Sequence[tuple[torch.Tensor, torch.Tensor]]],  # kind of pair, such as "two halves": pairs of masks
+    pairs: dict[str, Sequence[tuple[torch.Tensor, torch.Tensor]]],  # pairs of masks, by their kind
     layout: Layout,  # of all
     seed: int = 0,  # of the bootstrap
 ) -> list[dict]:  # for each kind and layer (last "all"): kind, layer, jaccard, low, high, expected
-    "Mean Jaccard index of several kinds of pairs, with 95 % bootstrap intervals over pairs, and its expectation under independence."
+    "Mean Jaccard index by kind of pair, 95 % bootstrap interval over pairs, and that of chance."
     rows, rng = [], np.random.default_rng(seed)
     for kind, masks in pairs.items():
         if not masks: raise ValueError(f"there are no pairs of the kind '{kind}'")
@@ -543,8 +540,8 @@ def cross_ablation(
 class Skeleton:
     "The strongest part of a circuit, for drawing."
     layers: tuple[str, ...]  # names, from the image to the unit
-    nodes: tuple[tuple[int, ...], ...]  # channels chosen in the image and each layer, the strongest first
-    edges: tuple[tuple[int, int, int, float], ...]  # layer, place of the reader and of the read among `nodes`, signed strength; the strongest is 1
+    nodes: tuple[tuple[int, ...], ...]  # channels of the image and each layer, strongest first
+    edges: tuple[tuple[int, int, int, float], ...]  # layer, places of reader and read, strength
     share: float  # part of the circuit's total strength that the edges hold
 
 def skeleton(
@@ -556,33 +553,43 @@ def skeleton(
     nodes: int = 4,  # channels in each layer
     edges: int = 3,  # that each channel reads at most
 ) -> Skeleton:
-    "The channels and edges through which most of a circuit's effect runs."
-    weights = {name: w.requires_grad_()
-               for name, w in layout.apply(mask, relevant_weights(path, unit)).items()}
-    size, sign = ({name: torch.zeros(w.shape[:2]) for name, w in weights.items()} for _ in range(2))
-    for image in x.split(1):
-        gradients = torch.autograd.grad(path(image, weights, unit).sum(), list(weights.values()))
-        for (name, w), g in zip(weights.items(), gradients):
-            effect = (w*g).detach().flatten(2)
-            size[name] += effect.abs().sum(2).cpu(); sign[name] += effect.sum(2).cpu()
-    chosen, links, strength = [(unit,)], [], [size[name] for name in layout.names]
-    for layer in reversed(range(len(strength))):
-        rows = strength[layer] if layer == len(strength) - 1 else strength[layer][list(chosen[0])]
-        kept = rows.topk(min(edges, rows.shape[1]), dim=1)
-        worth = torch.zeros(rows.shape[1]).index_add(0, kept.indices.flatten(),
-                                                     kept.values.flatten())
-        read = [i for i in worth.argsort(descending=True, stable=True)[:nodes].tolist()
-                if worth[i] > 0]
-        signs = (sign[layout.names[layer]] if layer == len(strength) - 1
-                 else sign[layout.names[layer]][list(chosen[0])])
-        links += [(layer, o, read.index(i), v*(1 if signs[o, i] >= 0 else -1))
-                  for o, (vs, js) in enumerate(zip(kept.values.tolist(), kept.indices.tolist()))
-                  for v, i in zip(vs, js) if i in read and v > 0]
-        chosen.insert(0, tuple(read))
+    "The channels and edges through which most of a circuit's effect runs, in a chain of layers."
+    if not path.exact_crop:
+        raise NotImplementedError(f"a skeleton follows chains of convolutions, and {path.why}")
+    size, sign = _effects(path, unit, layout.apply(mask, relevant_weights(path, unit)), x)
+    chosen, links, last = [(unit,)], [], len(size) - 1
+    for layer in reversed(range(len(size))):
+        rows = slice(None) if layer == last else list(chosen[0])
+        read, found = _strongest(size[layer][rows], sign[layer][rows], nodes, edges)
         if not read:
             raise ValueError(f"nothing of these images reaches {path.layer}:{unit} through the "
                              "circuit, so there is nothing to draw")
-    top, total = max(abs(e[3]) for e in links), sum(float(s.sum()) for s in strength)
+        links += [(layer, *link) for link in found]
+        chosen.insert(0, tuple(read))
+    top, total = max(abs(e[3]) for e in links), sum(float(s.sum()) for s in size)
     share = sum(abs(e[3]) for e in links)/total
     return Skeleton(("image", *(name.rpartition(".")[0] for name in layout.names)), tuple(chosen),
                     tuple((layer, o, i, v/top) for layer, o, i, v in links), share)
+
+def _effects(path: Pathway, unit: int, weights: dict,
+             x: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    "Sums over images of the size of each kernel's effect, (out, in) by layer, and of the effect."
+    weights = {name: w.requires_grad_() for name, w in weights.items()}
+    size, sign = ([torch.zeros(w.shape[:2]) for w in weights.values()] for _ in range(2))
+    for image in x.split(1):
+        gradients = torch.autograd.grad(path(image, weights, unit).sum(), list(weights.values()))
+        for s, t, w, g in zip(size, sign, weights.values(), gradients):
+            effect = (w*g).detach().flatten(2)
+            s += effect.abs().sum(2).cpu()
+            t += effect.sum(2).cpu()
+    return size, sign
+
+def _strongest(size: torch.Tensor, sign: torch.Tensor, nodes: int,
+               edges: int) -> tuple[list[int], list[tuple[int, int, float]]]:
+    "The channels that some readers read most, and the edges to them: reader, place, strength."
+    kept = size.topk(min(edges, size.shape[1]), dim=1)
+    worth = torch.zeros(size.shape[1]).index_add(0, kept.indices.flatten(), kept.values.flatten())
+    read = [i for i in worth.argsort(descending=True, stable=True)[:nodes].tolist() if worth[i] > 0]
+    return read, [(o, read.index(i), v*(1 if sign[o, i] >= 0 else -1))
+                  for o, (vs, js) in enumerate(zip(kept.values.tolist(), kept.indices.tolist()))
+                  for v, i in zip(vs, js) if i in read and v > 0]

@@ -84,7 +84,7 @@ def _after(layers: Sequence[nn.Module], weights: dict, h: torch.Tensor) -> torch
 @torch.no_grad()
 def _costs(net: nn.Sequential, block: list[torch.Tensor], x: torch.Tensor,
            y: torch.Tensor) -> dict[tuple[int, int, int], float]:
-    "By how much the loss of a block, on its own, rises without each of its kernels (layer, out, in)."
+    "How much the loss of a block, on its own, rises without each of its kernels (layer, out, in)."
     convs = [m for m in net if isinstance(m, nn.Conv2d)]
     alive = [torch.ones(3, dtype=torch.bool), *(mask.any(1) for mask in block)]       # channels
     weights = {m: ((m.weight*mask[:, :, None, None])[o][:, i], m.bias[o])
@@ -94,10 +94,8 @@ def _costs(net: nn.Sequential, block: list[torch.Tensor], x: torch.Tensor,
     for k, m in enumerate(net):
         if m in weights:
             layer, (weight, _) = convs.index(m), weights[m]
-            places = block[layer].nonzero().tolist()
-            for place, (o, i) in zip(places,
-                                     block[layer][alive[layer + 1]][
-                                         :, alive[layer]].nonzero().tolist()):
+            compact = block[layer][alive[layer + 1]][:, alive[layer]]
+            for place, (o, i) in zip(block[layer].nonzero().tolist(), compact.nonzero().tolist()):
                 kept = weight[o, i].clone()
                 weight[o, i] = 0
                 costs[layer, *place] = loss(net[k:], x) - whole
@@ -123,9 +121,9 @@ def _prune(net: nn.Sequential, truth: list[torch.Tensor], goals: Sequence[int], 
 class Blocks:
     "Small networks side by side, each with one concept; nothing is hidden yet."
     net: nn.Sequential  # one output for each concept; weights outside the truth are zero
-    truth: tuple[torch.Tensor, ...]  # for each layer, the kernels of each block, (concepts, out, in)
+    truth: tuple[torch.Tensor, ...]  # of each layer, the kernels of each block, (concepts, out, in)
     concepts: tuple[str, ...]  # their names
-    learn: tuple[torch.Tensor, ...]  # images of each concept and, last, of none, for looking for circuits
+    learn: tuple[torch.Tensor, ...]  # images of each concept and of none, to find circuits with
     test: tuple[torch.Tensor, ...]  # others of the same kinds
     seed: int  # of concepts, images and training
     shared: float  # fraction of the first layer's filters that all blocks read
@@ -195,7 +193,7 @@ class Planted:
     concepts: tuple[str, ...]  # names
     truth: torch.Tensor  # the kernels of each concept, bool, (concepts, entries of the layout)
     layout: Layout  # of the truth, one entry per kernel
-    learn: tuple[torch.Tensor, ...]  # images of each concept and, last, of none, for looking for circuits
+    learn: tuple[torch.Tensor, ...]  # images of each concept and of none, to find circuits with
     test: tuple[torch.Tensor, ...]  # others of the same kinds
     seed: int  # of everything
     noise: float  # norm of false kernels over that of true ones, in each filter
@@ -203,7 +201,7 @@ class Planted:
 
     @property
     def path(self) -> Pathway:
-        "To the unit."
+        "The way to the unit."
         return pathway(self.model, "unit", (_side, _side))
 
     def groups(self,
@@ -218,7 +216,7 @@ class Planted:
 # %% ../nbs/34_planted.ipynb #e6cc5b3e
 def _noise(weight: torch.Tensor, free: torch.Tensor, noise: float,
            generator: torch.Generator) -> torch.Tensor:
-    "Kernels for the places that are free, in each filter `noise` times as large as those that are there."
+    "Kernels for the free places, in each filter `noise` times as large as those that are there."
     norm = weight.flatten(1).norm(dim=1)
     draw = torch.randn(weight.shape, generator=generator)*free[:, :, None, None]
     norm = torch.where(norm > 0, norm, norm[norm > 0].mean())
@@ -239,15 +237,16 @@ def merge_blocks(
         if not isinstance(m, nn.Conv2d): clean, noisy = m(clean), m(noisy); continue
         mask, weight, bias, last = blocks.truth[len(truth)], old.weight, old.bias, name == "unit"
         if last:
-            mask, weight, bias = (mask.any(1, keepdim=True), weight.sum(0, keepdim=True),
-                                  bias.sum(0, keepdim=True))
+            mask = mask.any(1, keepdim=True)
+            weight, bias = weight.sum(0, keepdim=True), bias.sum(0, keepdim=True)
         full = weight + _noise(weight, ~mask.any(0), noise, generator)
         clean, noisy = (F.conv2d(clean, weight, bias, m.stride, m.padding),
                         F.conv2d(noisy, full, bias, m.stride, m.padding))
         shift = (clean - noisy).mean((0, 2, 3))
         noisy = noisy + shift.view(-1, 1, 1)
         shuffled = torch.arange(1) if last else torch.randperm(len(weight), generator=generator)
-        m.weight.copy_(full[shuffled][:, order]); m.bias.copy_((bias + shift)[shuffled])
+        m.weight.copy_(full[shuffled][:, order])
+        m.bias.copy_((bias + shift)[shuffled])
         truth.append(mask[:, shuffled][:, :, order].reshape(count, -1))
         order = shuffled
     model = model.eval().requires_grad_(False)
@@ -260,7 +259,7 @@ def recovery_scores(
     planted: Planted,  # the network
     concept: int,  # index of the concept
     found: torch.Tensor,  # bool mask or scores, flat, in the planted layout
-) -> dict[str, float]:  # precision, recall, iou and ranking; auroc_other, auroc_background and correlation of responses
+) -> dict[str, float]:  # precision, recall, iou, ranking; two AUROCs and correlation of responses
     "How well a circuit was found. Scores are cut at the size of the truth."
     truth, layout = planted.truth[concept], planted.layout
     if found.shape != truth.shape:
@@ -297,23 +296,23 @@ def _random(path, unit, own, other, background, keep):
 
 methods = {
     "FORCE": _scored(force, sized=True, rounds=40),
-    "Iter-SNIP": _scored(iter_snip, sized=True, rounds=40), "Taylor": _scored(taylor),
-    "SNIP": _scored(snip),
-    "ActGrad": _scored(actgrad), "CS, preserve": _learned(objective="preserve", steps=300),
+    "Iter-SNIP": _scored(iter_snip, sized=True, rounds=40),
+    "Taylor": _scored(taylor), "SNIP": _scored(snip), "ActGrad": _scored(actgrad),
+    "CS, preserve": _learned(objective="preserve", steps=300),
     "CS, separate": _learned(objective="separate", steps=300),
     "magnitude": _scored(magnitude, images=False), "random": _random}
 
 # %% ../nbs/34_planted.ipynb #3a3cccde
 def leaderboard(
-    methods: dict[str, Callable],  # name: function (path, unit, own, other, background, keep) that returns a flat bool mask or flat scores
+    methods: dict[str, Callable],  # by name, as described above
     seeds: Sequence[int] = (0,),  # of the networks
     noises: Sequence[float] = (0., .1, .3, 1.),  # levels at which each network is hidden
     shared: float = 0.,  # as for `train_blocks`
     concepts: int = 2,  # as for `train_blocks`
     circuits: int = 4,  # look for those of so many concepts of a network, at most
     **how,  # other settings of `train_blocks`
-) -> list[dict]:  # a row for each method, seed, noise and concept, with its `recovery_scores` and seconds
-    "Put methods to the test. Networks are shared out by joblib, so `joblib.parallel_config` takes them to other cores or machines."
+) -> list[dict]:  # `recovery_scores` and seconds for each method, seed, noise and concept
+    "Put methods to the test; `joblib.parallel_config` takes networks to other cores or machines."
     from joblib import Parallel, delayed
     tasks = (delayed(_entries)(methods, seed, noises, shared, concepts, circuits, how)
              for seed in seeds)

@@ -27,8 +27,8 @@ from .model import Unit, check_unit, find_layer
 def relevant_weights(
     path: Pathway,  # to the unit
     unit: int,  # index in the pathway's layer
-) -> dict[str, torch.Tensor]:  # name of each weight: its values, (out, in, k, k) or (out, in); one row in the unit's layer
-    "The weights of convolutions, linear layers and attention that the unit depends on, from the image on."
+) -> dict[str, torch.Tensor]:  # (out, in, k, k) or (out, in) by name; of the unit's layer one row
+    "The weights of convolutions, linear layers and attention that the unit depends on, in order."
     check_unit(path.model, Unit(path.layer, unit))
     weights = {}
     for name, p in path.parameters().items():
@@ -51,7 +51,7 @@ def _axes(ndim: int, per: str) -> list[int]:
 
 def part_means(
     x: torch.Tensor,  # one number for each weight, (out, in, k, k) or (out, in)
-    per: str,  # "weight", "kernel", "filter" (all weights of an output) or "channel" (all weights of an input)
+    per: str,  # "weight", "kernel", "filter" (of an output) or "channel" (of an input)
 ) -> torch.Tensor:  # the shape of x, (out, in), (out,) or (in,)
     "The mean over the weights that are kept or dropped together."
     axes = _axes(x.ndim, per)
@@ -82,7 +82,7 @@ def keep_top(
     scores: torch.Tensor,  # one for each entry, flat
     keep: float,  # fraction kept
 ) -> torch.Tensor:  # bool, the same shape
-    "Keep the entries with the highest scores: exactly as many as asked for, the first ones among equals."
+    "Keep the highest scores: exactly as many as asked for, the first ones among equals."
     if bad := int((scores.isnan() | (scores == torch.inf)).sum()):
         raise ValueError(f"{bad} of {len(scores)} scores are NaN or infinite, so that nothing can "
                          "be ranked; look for NaN in the images or the weights")
@@ -110,7 +110,7 @@ def _batch(weights: dict[str, torch.Tensor]) -> int:
 
 def _sum_over_images(path: Pathway, unit: int, x: torch.Tensor, weights: dict, reduce: Callable,
                      what: str) -> dict[str, torch.Tensor]:
-    "Sum over images of `reduce` of each weight's gradient, (images, *shape of the weight); bounded in memory."
+    "Sum over images of `reduce` of each weight's gradient, (images, *shape); bounded in memory."
     _check_images(x)
     each = torch.func.grad(lambda weights, image: path(image[None], weights, unit)[0])
     every, total = torch.func.vmap(each, (None, 0)), dict.fromkeys(weights, 0.)
@@ -128,7 +128,7 @@ def snip(
     x: torch.Tensor,  # crops of reference images, (N, 3, h, w), as the network takes them
     per: str = "kernel",  # "weight", "kernel", "filter" or "channel"
 ) -> dict[str, torch.Tensor]:  # name of each weight: its scores
-    "Score by the first-order change of the unit's pre-activation, weight by weight, summed over images."
+    "Score by the first-order change of the unit without each weight, summed over images."
     weights = relevant_weights(path, unit)
     return _snip(path, unit, x, per, weights, weights)
 
@@ -144,7 +144,7 @@ def taylor(
     x: torch.Tensor,  # crops of reference images, (N, 3, h, w), as the network takes them
     per: str = "kernel",  # "weight", "kernel", "filter" or "channel"
 ) -> dict[str, torch.Tensor]:  # name of each weight: its scores
-    "Score by the first-order change of the unit's pre-activation when the whole part goes, summed over images."
+    "Score by the first-order change of the unit when the whole part goes, summed over images."
     weights = relevant_weights(path, unit)
     def effect(name, gradients):
         w = weights[name]
@@ -155,7 +155,7 @@ def taylor(
 # %% ../nbs/30_score.ipynb #6f2a9036
 @dataclasses.dataclass(frozen=True)
 class _Use:
-    "One use of a weight in a pass, as a convolution without padding; rows of a linear layer are positions of one image."
+    "A use of a weight as a convolution without padding; a linear layer's rows are positions."
     name: str  # of the weight
     x: torch.Tensor  # what it is applied to, (N, in, h, w)
     value: torch.Tensor  # what comes out, without the bias, (N, out, h', w')
@@ -210,8 +210,8 @@ def _leaf(value: torch.Tensor) -> torch.Tensor:
 _linear = F.linear
 
 # %% ../nbs/30_score.ipynb #e97d117a
-def _noted(path: Pathway, unit: int, x: torch.Tensor, weights: dict[str, torch.Tensor]) -> tuple[
-    torch.Tensor, list[_Use]]:
+def _noted(path: Pathway, unit: int, x: torch.Tensor,
+           weights: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[_Use]]:
     "The unit's values, and every use of the weights on the way."
     whole = {**weights, f"{path.layer}.weight": find_layer(path.model, path.layer).weight.detach()}
     with torch.enable_grad(), _Notes(whole) as notes: y = path(x, whole)[:, unit]
@@ -221,7 +221,7 @@ def _noted(path: Pathway, unit: int, x: torch.Tensor, weights: dict[str, torch.T
     return y, notes.uses
 
 def _positions(path: Pathway, unit: int, weights: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
-    "Positions in the map that goes into, and that comes out of, each use, when a whole image is run."
+    "Positions in the maps that go into and come out of each use, when a whole image is run."
     whole = dataclasses.replace(path, chain=None, window=tuple((0, n) for n in path.size[1:]))
     blank = next(iter(weights.values())).new_zeros(1, *path.size)
     return [(use.inner, use.value[0, 0].numel()) for use in _noted(whole, unit, blank, weights)[1]]
@@ -229,7 +229,7 @@ def _positions(path: Pathway, unit: int, weights: dict[str, torch.Tensor]) -> li
 # %% ../nbs/30_score.ipynb #82cab4c5
 def _kernel_sums(use: _Use, slope: torch.Tensor, weight: torch.Tensor,
                  floats: int = 2**20) -> torch.Tensor:
-    "For each kernel, (out, in), the sum over images and positions of |map · gradient|, a few input channels at a time."
+    "Sums over images and positions of |map · gradient|, (out, in); a few input channels at a time."
     slope, sums = slope.abs().transpose(0, 1).flatten(1), []
     for x, w in zip(*(t.split(max(1, floats//slope.numel()), 1) for t in (use.x, weight))):
         columns = F.unfold(x, w.shape[2:], use.dilation, 0,
@@ -257,7 +257,7 @@ def actgrad(
     per: str = "kernel",  # "weight", "kernel", "filter" or "channel"
     batch: int = 8,  # images at a time
 ) -> dict[str, torch.Tensor]:  # name of each weight: its scores
-    "Score by map times gradient: absolute value at each position, mean over the full map, sum over images."
+    "Score by |map · gradient| at each position: mean over the full map, sum over images."
     _check_images(x)
     weights = relevant_weights(path, unit)
     positions, total = _positions(path, unit, weights), dict.fromkeys(weights, 0.)
@@ -268,10 +268,9 @@ def actgrad(
         for use, slope, (inner, outer) in zip(uses, slopes, positions, strict=True):
             value, slope = (t[:, unit:unit + 1] if use.name == f"{path.layer}.weight" else t
                             for t in (use.value.detach(), slope))
-            total[use.name] = total[use.name] + _map_sums(dataclasses.replace(use, value=value),
-                                                          slope, weights[use.name],
-                                                          per)/(inner if per == "channel"
-                                                                else outer)
+            use = dataclasses.replace(use, value=value)
+            sums = _map_sums(use, slope, weights[use.name], per)
+            total[use.name] = total[use.name] + sums/(inner if per == "channel" else outer)
     return total
 
 # %% ../nbs/30_score.ipynb #41efc904
@@ -312,7 +311,7 @@ def force(
     keep: float = .05,  # fraction that is left at the end
     per: str = "kernel",  # "weight", "kernel", "filter" or "channel"
     rounds: int = 10,  # steps on the way
-) -> dict[str, torch.Tensor]:  # name of each weight: its scores in the last round; the best `keep` of them are FORCE's mask
+) -> dict[str, torch.Tensor]:  # scores in the last round; the best `keep` are FORCE's mask
     "SNIP on ever smaller networks; what was dropped may come back."
     return _in_rounds(path, unit, x, keep, per, rounds, True)
 
@@ -323,6 +322,6 @@ def iter_snip(
     keep: float = .05,  # fraction that is left at the end
     per: str = "kernel",  # "weight", "kernel", "filter" or "channel"
     rounds: int = 10,  # steps on the way
-) -> dict[str, torch.Tensor]:  # name of each weight: its scores in the last round, −1 for what was dropped before
+) -> dict[str, torch.Tensor]:  # scores in the last round, −1 for what was dropped before
     "SNIP on ever smaller networks; what was dropped stays out."
     return _in_rounds(path, unit, x, keep, per, rounds, False)

@@ -1,4 +1,5 @@
 "Recording, masks and circuits against brute force, simulation and scipy, and what they refuse."
+import copy
 import json
 
 import numpy as np
@@ -6,6 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy import stats
 from torch import nn
 from torchvision.models import VisionTransformer
@@ -30,7 +33,7 @@ from superpos.circuit import (
 )
 from superpos.field import pathway, receptive_field
 from superpos.mask import Layout, keep_top, random_like, respond, soft_mask, undecided
-from superpos.model import ResNet8, SmallAlexNet, fingerprint, layer_outputs
+from superpos.model import ResNet8, SmallAlexNet, Unit, fingerprint, layer_outputs
 from superpos.score import magnitude, relevant_weights
 from superpos.sparsify import sparsify
 
@@ -217,8 +220,8 @@ def random_net(seed, bias=True):
     net = nn.Sequential(*parts, nn.Conv2d(channels, 2, 3, padding=1)).eval().requires_grad_(False)
     for m in net.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.running_mean.normal_(); m.running_var.uniform_(.5,
-                                                             2); m.weight.normal_(); m.bias.normal_()
+            m.running_var.uniform_(.5, 2)
+            for values in (m.running_mean, m.weight, m.bias): values.normal_()
         elif isinstance(m, nn.Conv2d) and bias: m.bias.normal_()
     return net, str(len(net) - 1)
 
@@ -235,9 +238,8 @@ def test_extracted_networks_equal_masked_ones(seed, per, keep, corner, bias):
     x = way.crop(torch.randn(3, 3, 36, 36, generator=g))
     small = extract(way, 1, mask, layout)
     torch.testing.assert_close(small(x), respond(way, 1, x, mask, layout), atol=1e-5, rtol=1e-5)
-    assert sum(m.weight.numel() for m in small
-               if isinstance(m, nn.Conv2d)) <= sum(w.numel()
-                                                   for w in relevant_weights(way, 1).values())
+    fewer = sum(m.weight.numel() for m in small if isinstance(m, nn.Conv2d))
+    assert fewer <= sum(w.numel() for w in relevant_weights(way, 1).values())
 
 
 @pytest.mark.parametrize("per", ["filter", "channel"])
@@ -293,7 +295,7 @@ def test_effective_entries_are_those_whose_removal_shows(per, seed):
 
 
 class Branches(nn.Module):
-    "A way around, a concatenation, and a linear layer at the end; nothing in it can hide an effect by chance."
+    "A way around, a concatenation, a linear layer at the end; nothing hides an effect by chance."
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1),
@@ -346,10 +348,12 @@ def test_what_needs_a_chain_says_so():
     with pytest.raises(NotImplementedError, match="a circuit is extracted from a chain of layers "
                        f"only; {why}"):
         extract(way, 0, mask, layout)
-    for fill in ("mean", "resample"):
-        with pytest.raises(NotImplementedError,
-                           match=f"fill='{fill}' needs a chain of layers; {why}"):
-            ablate(way, 0, x, mask, layout, fill, x)
+    alone = f"only zero can stand in for what is dropped where layers are no plain chain; {why}"
+    for ablation in ("mean", "resample"):
+        with pytest.raises(NotImplementedError, match=alone):
+            ablate(way, 0, x, mask, layout, ablation, x)
+        with pytest.raises(NotImplementedError, match=alone):
+            sparsify(way, 0, x[:1], x[1:], x, ablation=ablation)
     with pytest.raises(NotImplementedError, match="another way of convolving needs a chain of "
                        f"layers; {why}"):
         way(x, convolve=lambda *_: x)
@@ -399,8 +403,8 @@ def test_ablation_by_mean_and_resampling_against_hooks(path):
                                whole.mean().expand(3))
     torch.testing.assert_close(ablate(path, 3, x, mask, layout, "resample", ref, seed=7, batch=1),
                                ablate(path, 3, x, mask, layout, "resample", ref, seed=7))
-    for wrong, message in ((dict(fill="one"), "got 'one'"),
-                           (dict(fill="mean"), "needs reference images")):
+    for wrong, message in ((dict(ablation="one"), "got 'one'"),
+                           (dict(ablation="mean"), "needs reference images")):
         with pytest.raises(ValueError, match=message): ablate(path, 3, x, mask, layout, **wrong)
 
 
@@ -421,12 +425,10 @@ def test_a_constant_response_has_no_correlation_and_no_slope():
 
 
 def test_null_counts_the_control_units_that_do_as_well(path):
-    found = against_controls(lambda path, unit: dict(score=float(unit)), path, 3, controls=[
-        0, 1, 5])["score"]
+    recipe = lambda path, unit: dict(score=float(unit))
+    found = against_controls(recipe, path, 3, controls=[0, 1, 5])["score"]
     assert found == dict(value=3., controls=[0., 1., 5.], excess=1., p=.5)
-    assert 3 not in [int(c)
-                     for c in against_controls(lambda path, unit: dict(
-                         score=float(unit)), path, 3, controls=23)["score"]["controls"]]
+    assert 3. not in against_controls(recipe, path, 3, controls=23)["score"]["controls"]
     with pytest.raises(ValueError, match="1..23 control units"):
         against_controls(lambda *_: {}, path, 3, controls=24)
 
@@ -493,6 +495,14 @@ def test_removing_shared_entries_or_sparing_them(path):
         cross_ablation(path, 3, dict(a=every), layout, dict(a=background), background)
 
 
+def test_a_skeleton_needs_a_chain():
+    for net, layer in ((ResNet8(width=4), "stages.1.conv2"), (SmallAlexNet(width=4), "classifier")):
+        way = pathway(net.eval().requires_grad_(False), layer, (32, 32))
+        layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
+        with pytest.raises(NotImplementedError, match="skeleton follows chains .* whole images"):
+            skeleton(way, 0, torch.ones(len(layout), dtype=torch.bool), layout, x)
+
+
 def test_the_skeleton_of_a_small_circuit_is_the_circuit(path):
     layout, x = Layout.of(path, 3), crops(path, 4)
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .6
@@ -508,21 +518,100 @@ def test_the_skeleton_of_a_small_circuit_is_the_circuit(path):
         skeleton(path, 3, mask & False, layout, x)
 
 
+def written(file):
+    "What a circuit's file holds: its description, digest and bits."
+    with safe_open(file, "pt") as f: return f.metadata(), f.get_tensor("mask")
+
+
+def write(file, about, bits):
+    "A file with a digest that fits."
+    digest = circuit._digest(about, bits.numpy())
+    save_file({"mask": bits}, file, metadata={"circuit": about, "digest": digest})
+
+
+def test_a_file_that_was_changed_is_refused(net, path, tmp_path):
+    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
+    mask = keep_top(layout.flatten(magnitude(path, 3)), .2)
+    Circuit.of(net, "features.6:3", mask, layout, "dogs", "magnitude", keep=.2).save(file)
+    saved, bits = written(file)
+    write(file, saved["circuit"], bits)
+    assert torch.equal(Circuit.load(file, net).mask, mask)
+    flipped = bits.clone()
+    flipped[5] ^= 4
+    other = {**saved, "circuit": saved["circuit"].replace("features.6:3", "features.6:2")}
+    kept = {**saved, "circuit": saved["circuit"].replace("0.2", "0.1")}
+    assert len({saved["circuit"], other["circuit"], kept["circuit"]}) == 3
+    for about, mask in ((saved, flipped), (other, bits), (kept, bits)):
+        save_file({"mask": mask}, file, metadata=about)
+        with pytest.raises(ValueError, match=r"c.safetensors is not .* changed after it was writ"):
+            Circuit.load(file, net)
+    for about in ({"circuit": saved["circuit"]}, None):
+        save_file({"mask": bits}, file, metadata=about)
+        with pytest.raises(ValueError, match="it has no digest of what it holds"):
+            Circuit.load(file, net)
+
+
+def test_a_full_disk_is_named_with_the_circuit(net, path, tmp_path):
+    resource = pytest.importorskip("resource")
+    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
+    found = Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "")
+    found.save(file)
+    before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*c\.safetensors'"): found.save(file)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def elsewhere(device):
+    "A network on another device, and a circuit of it."
+    way = pathway(SmallAlexNet(width=4).eval().requires_grad_(False), "features.6", (64, 64))
+    way.model.to(device)
+    layout = Layout.of(way, 3)
+    mask = torch.arange(len(layout)) % 3 > 0
+    return way, Circuit(Unit("features.6", 3), mask, layout, "", "", "")
+
+
+def test_masks_go_to_the_device_of_the_weights():
+    way, found = elsewhere("meta")
+    assert found.mask.device.type == "cpu"
+    x = way.crop(torch.rand(2, 3, 64, 64, device="meta"))
+    assert found.response(way, x).device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_circuits_on_a_gpu(tmp_path):
+    way, found = elsewhere("cuda")
+    x, other, dark = (way.crop(torch.rand(6, 3, 64, 64, device="cuda")) for _ in range(3))
+    cpu = pathway(copy.deepcopy(way.model).cpu(), "features.6", (64, 64))
+    torch.testing.assert_close(found.response(way, x).cpu(), found.response(cpu, x.cpu()))
+    assert kept_fractions(way, found.mask, found.layout)["relevant"] == pytest.approx(found.keep)
+    assert skeleton(way, 3, found.mask, found.layout, x).share > 0
+    cards = faithfulness(way, 3, found.mask, found.layout, x, other, dark)
+    plain = faithfulness(cpu, 3, found.mask, found.layout, x.cpu(), other.cpu(), dark.cpu())
+    assert cards["circuit, mean"] == pytest.approx(plain["circuit, mean"], abs=1e-3)
+    for ablation in ("zero", "mean", "resample"):
+        learned = sparsify(way, 3, x, other, dark, keep=.3, steps=4, ablation=ablation)
+        again = Circuit.of(way.model, "features.6:3", learned.mask, learned.layout, "", "")
+        again.save(file := tmp_path/"c.safetensors")
+        assert Circuit.load(file, way.model).response(way, x).device.type == "cuda"
+
+
 @pytest.mark.parametrize("change", [dict(per="pixel"), dict(unit=7), dict(names=5),
                                     dict(shapes=[[-1, 2]]*3), dict(settings="rm"),
                                     dict(unit="features.6:999"), dict(unit="features.3:0"),
                                     dict(shapes=[[10**9, 10**9]]*3)])
 def test_hostile_files_are_refused(net, path, tmp_path, change):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
     layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
     Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
-    with safe_open(file, "pt") as f:
-        about, bits = json.loads(f.metadata()["circuit"]), f.get_tensor("mask")
-    save_file({"mask": bits}, file, metadata={"circuit": json.dumps(about | change)})
-    with pytest.raises(ValueError): Circuit.load(file, net)
+    saved, bits = written(file)
+    write(file, json.dumps(json.loads(saved["circuit"]) | change), bits)
+    with pytest.raises(ValueError) as refused: Circuit.load(file, net)
+    assert "digest" not in str(refused.value) and "changed" not in str(refused.value)
     for wrong in (bits[:-1], bits.float()):
-        save_file({"mask": wrong}, file, metadata={"circuit": json.dumps(about)})
-        with pytest.raises(ValueError, match="not the file of a circuit"): Circuit.load(file, net)
-    save_file({"mask": bits}, file, metadata={"circuit": "["*100_000})
+        write(file, saved["circuit"], wrong)
+        with pytest.raises(ValueError, match="not the file of a circuit: .* are not 72 bits"):
+            Circuit.load(file, net)
+    write(file, "["*100_000, bits)
     with pytest.raises(ValueError, match="not the file of a circuit"): Circuit.load(file, net)

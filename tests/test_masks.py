@@ -1,5 +1,6 @@
-"Masks that are learned, on networks whose circuits are known; effective paths by enumeration; gradients by autograd."
+"Learned masks where circuits are known; paths by enumeration; gradients by autograd."
 import copy
+import hashlib
 import itertools
 import pickle
 import signal
@@ -18,14 +19,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from superpos import sparsify as training
-from superpos.circuit import Circuit, auroc, effective_mask
+from superpos.circuit import Circuit, ablate, auroc, effective_mask
 from superpos.field import pathway
 from superpos.mask import (
     Layout,
     active_probability,
+    deviate,
     hard_concrete,
     hard_mask,
+    mean_replacement,
     random_like,
+    replacement,
     respond,
     soft_mask,
     top_like,
@@ -37,7 +41,7 @@ from superpos.sparsify import Recipe, frontier, sparsify, sparsify_free, sparsif
 
 
 def two_in_one(seed, width=6):
-    "Two networks that do not touch, one for red and one for blue, whose last channels are added up; and which kernels are whose."
+    "Two networks that do not touch, for red and for blue, added up; and which kernels are whose."
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 2*width, 3), nn.ReLU(), nn.Conv2d(2*width, 2*width, 3),
                         nn.ReLU(), nn.Conv2d(2*width, 1, 3))
@@ -107,7 +111,8 @@ def test_bad_input_is_refused_before_any_work(monkeypatch):
                    dict(background=dark/0), dict(rate=0), dict(beta=.5), dict(epochs=1),
                    dict(optimiser="lion"),
                    dict(penalty=1e-3), dict(gate="concrete"), dict(keep=None, gate="stone"),
-                   dict(keep=None, penalty=-1), dict(batch=(0, 1, 1)), dict(reach=0)):
+                   dict(keep=None, penalty=-1), dict(batch=(0, 1, 1)), dict(reach=0),
+                   dict(ablation="coin")):
         with pytest.raises(ValueError):
             sparsify(path, 0, **dict(own=red, other=blue, background=dark) | change)
 
@@ -169,11 +174,11 @@ def test_gradient_by_finite_differences():
     layout = Layout.of(path, 0)
     weights = relevant_weights(path, 0)
     x = torch.rand(3, 3, 7, 7, dtype=torch.double)
-    for gate in (lambda s: soft_mask(s, 5.), hard_concrete, lambda s: hard_concrete(
-        s, torch.full_like(s, .4))):
+    for gate in (lambda s: soft_mask(s, 5.), hard_concrete,
+                 lambda s: hard_concrete(s, torch.full_like(s, .4))):
         logits = torch.linspace(-.4, .4, len(layout), dtype=torch.double, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda s: path(x, layout.apply(gate(s), weights),
-                                                       0), logits)
+        response = lambda s, gate=gate: path(x, layout.apply(gate(s), weights), 0)
+        assert torch.autograd.gradcheck(response, logits)
 
 def test_the_network_stays_usable_while_a_mask_is_trained():
     net, _ = two_in_one(0)
@@ -183,9 +188,9 @@ def test_the_network_stays_usable_while_a_mask_is_trained():
     class Watch(training._Exact):
         def during(self, logits, step):
             if step == 3:
-                seen.extend(fingerprint(m)
-                            for m in (net, copy.deepcopy(net),
-                                      pickle.loads(pickle.dumps(net)))); net.load_state_dict(state)
+                copies = net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+                seen.extend(map(fingerprint, copies))
+                net.load_state_dict(state)
             return super().during(logits, step)
     reference = training._reference(path, 0, groups, [respond(path, 0, x) for x in groups])
     training._train(path, 0, reference, Recipe(keep=.4, steps=6), Watch)
@@ -260,6 +265,164 @@ def test_a_hard_mask_equals_a_network_with_zeros_in_it():
         torch.testing.assert_close(respond(path, 0, x, mask, layout, batch=5),
                                    layer_outputs(cut, ["4"], x)["4"][:, 0, 0, 0])
 
+# what stands in for the rest
+
+def padded(seed=0):
+    "A chain with padding, pooling, a stride and a normalisation, in double precision."
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+                        nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 5, 3, 1, 1, bias=False), nn.GELU(),
+                        nn.Conv2d(5, 3, 3, 1, 1)).double().eval().requires_grad_(False)
+    net[1].running_mean.normal_()
+    return net, pathway(net, "6", (22, 18))
+
+def by_hand(net, layers, x, z, masks):
+    "The last layer's map: each kernel reads the image where it is kept, and the other where not."
+    for m, mask in zip(net, masks):
+        if mask is None: x, z = m(x.clone()), m(z.clone()); continue
+        both = [sum(F.conv2d(side[:, [i]], m.weight[:, [i]]*part[:, [i], None, None], None,
+                             m.stride, m.padding) for i in range(m.in_channels))
+                for side, part in ((x, mask), (z, 1 - mask))]
+        x, z = sum(both) + (0 if m.bias is None else m.bias[:, None, None]), m(z)
+    return x
+
+def parts_of(net, layout, mask):
+    "For each layer, the kernels' entries of a mask, (out, in); of the last layer the unit's alone."
+    parts = [part.double() for part in layout.views(mask).values()]
+    parts[-1] = parts[-1].expand(3, -1)
+    each = iter(parts)
+    return [next(each) if isinstance(m, nn.Conv2d) else None for m in net]
+
+@pytest.mark.parametrize("keep", [0., .3, .7, 1.])
+def test_each_kernel_reads_the_image_or_what_stands_in_for_it(keep):
+    net, path = padded()
+    g = torch.Generator().manual_seed(1)
+    layout = Layout.of(path, 1)
+    x, others = (torch.randn(5, 3, 22, 18, generator=g, dtype=torch.double) for _ in range(2))
+    mask = torch.rand(len(layout), generator=g) < keep
+    row, column = path.position
+    slow = by_hand(net, layout, x, others, parts_of(net, layout, mask))[:, 1, row, column]
+    fast = respond(path, 1, path.crop(x), mask, layout, batch=2, instead=path.crop(others))
+    torch.testing.assert_close(fast, slow)
+    drawn = torch.randint(5, (5,), generator=torch.Generator().manual_seed(3))
+    found = ablate(path, 1, path.crop(x), mask, layout, "resample", path.crop(others), seed=3)
+    torch.testing.assert_close(found, respond(path, 1, path.crop(x), mask, layout,
+                                              instead=path.crop(others[drawn])))
+
+def test_the_mean_is_of_what_goes_into_each_layer():
+    _, path = padded()
+    x = path.crop(torch.randn(7, 3, 22, 18, dtype=torch.double))
+    mean, every = mean_replacement(path, 1, x, batch=3), replacement(path, 1, x)
+    for name, (into, out) in every.items():
+        torch.testing.assert_close(mean[name][0], into.mean(0, keepdim=True))
+        torch.testing.assert_close(mean[name][1], out.mean(0, keepdim=True))
+    torch.testing.assert_close(every["6.weight"][1].flatten(), path(x, unit=1))
+    assert tuple(every) == Layout.of(path, 1).names
+
+@pytest.mark.parametrize("per", pers)
+def test_gradient_of_the_mask_under_replacement(per):
+    net, path = padded()
+    g = torch.Generator().manual_seed(2)
+    x, others = (torch.randn(3, 3, 22, 18, generator=g, dtype=torch.double) for _ in range(2))
+    layout, weights = Layout.of(path, 1, per), relevant_weights(path, 1)
+    logits = torch.randn(len(layout), generator=g, dtype=torch.double).requires_grad_()
+    for instead in (replacement(path, 1, path.crop(others)),
+                    mean_replacement(path, 1, path.crop(others))):
+        response = lambda s, instead=instead: deviate(
+            path, 1, path.crop(x), layout.apply(torch.sigmoid(s), weights), instead)
+        assert torch.autograd.gradcheck(response, logits)
+    if per != "kernel": return
+    fast, = torch.autograd.grad(respond_soft(path, x, others, logits, layout).sum(), logits)
+    plain = by_hand(net, layout, x, others, parts_of(net, layout, torch.sigmoid(logits)))
+    slow, = torch.autograd.grad(plain[:, 1, path.position[0], path.position[1]].sum(), logits)
+    torch.testing.assert_close(fast, slow)
+
+def respond_soft(path, x, others, logits, layout):
+    masked = layout.apply(torch.sigmoid(logits), relevant_weights(path, 1))
+    return deviate(path, 1, path.crop(x), masked, replacement(path, 1, path.crop(others)))
+
+def test_nothing_that_stands_in_is_zero_ablation():
+    net, path = padded()
+    layout, x = Layout.of(path, 1), path.crop(torch.randn(4, 3, 22, 18, dtype=torch.double))
+    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0))
+    biases = [torch.zeros(1, dtype=torch.double) if net[i].bias is None else net[i].bias
+              for i in (0, 4)] + [net[6].bias[1:2]]
+    nothing = {name: (torch.zeros((), dtype=torch.double), bias[:, None, None])
+               for name, bias in zip(layout.names, biases)}
+    torch.testing.assert_close(respond(path, 1, x, mask, layout, instead=nothing),
+                               respond(path, 1, x, mask, layout))
+
+@pytest.mark.parametrize("ablation", ["zero", "mean", "resample"])
+def test_a_step_sees_what_the_judge_sees(ablation):
+    "The loss of a hard mask is the objective on `ablate`'s responses."
+    path, unit, *groups = tiny()
+    recipe, layout = Recipe(keep=.3, ablation=ablation, batch=(4, 4, 4)), Layout.of(path, 0)
+    reference = training._reference(path, 0, groups, [respond(path, 0, x) for x in groups])
+    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .5
+    batches = training._batches(reference, recipe, 3)
+    plain = training._batches(reference, Recipe(keep=.3, batch=(4, 4, 4)), 3)
+    assert all(torch.equal(a, b) for a, b in zip(plain, batches)), "the same images are seen"
+    assert len(batches) == 3 + (ablation == "resample")
+    mean = mean_replacement(path, 0, groups[2]) if ablation == "mean" else None
+    loss = training._loss(path, 0, reference, [b[2] for b in batches],
+                          layout.apply(mask, relevant_weights(path, 0)), "preserve", mean)
+    index = [b[2] for b in batches]
+    if ablation == "resample":
+        parts = zip(groups, index, index[3].split(4))
+        y = [respond(path, 0, x[i], mask, layout, instead=groups[2][j]) for x, i, j in parts]
+    else:
+        y = [ablate(path, 0, x[i], mask, layout, ablation, groups[2])
+             for x, i in zip(groups, index)]
+    wanted = training.preserve(y, [w[i] for w, i in zip(reference.whole, index)], reference.level)
+    torch.testing.assert_close(loss, wanted)
+
+def test_a_mask_is_best_under_the_ablation_it_was_learned_under():
+    torch.manual_seed(0)
+    path = pathway(SmallAlexNet(width=6).eval().requires_grad_(False), "features.6", (64, 64))
+    g = torch.Generator().manual_seed(1)
+    own, other, dark = (path.crop(torch.rand(24, 3, 64, 64, generator=g)*bright)
+                        for bright in (1., .7, .9))
+    whole, kinds = respond(path, 3, own), ("zero", "mean", "resample")
+    miss = {}
+    for kind in kinds:
+        found = sparsify(path, 3, own, other, dark, keep=.3, steps=80, rate=.1, ablation=kind)
+        assert found.check(largest_gap=1.).recipe.ablation == kind
+        assert found.mask.sum() == round(.3*len(found.layout))
+        for judge in kinds:
+            y = ablate(path, 3, own, found.mask, found.layout, judge, dark)
+            miss[kind, judge] = (y - whole).square().mean().item()
+    assert all(miss[kind, "mean"] < miss["zero", "mean"] for kind in ("mean", "resample"))
+    assert miss["resample", "resample"] < miss["zero", "resample"]
+    assert miss["zero", "zero"] < min(miss["mean", "zero"], miss["resample", "zero"])
+
+def test_states_from_before_there_were_ablations_go_on(tmp_path):
+    file, how = tmp_path/"state", dict(keep=.25, steps=20)
+    found = sparsify(*tiny(), **how, resume=file)
+    state = torch.load(file)
+    del state["asked"]["recipe.ablation"]
+    torch.save(state, file)
+    assert same(sparsify(*tiny(), **how, resume=file), found)
+    with pytest.raises(ValueError, match="recipe.ablation = zero, asked for is mean"):
+        sparsify(*tiny(), **how, ablation="mean", resume=file)
+    plan = training._plan(how, 2)
+    names = [training._state_name(tiny()[0], 0, (*plan[:2], Recipe(**how, ablation=kind)))
+             for kind in training.ablations]
+    before = repr(("4", 0, plan)).replace(", ablation='zero'", "")
+    assert names[0] == f"{hashlib.sha256(before.encode()).hexdigest()[:12]}.pt"
+    assert len({*names}) == 3
+
+def test_a_full_disk_is_named_with_the_training(tmp_path):
+    resource = pytest.importorskip("resource")
+    file, how = tmp_path/"state", dict(keep=.25, steps=20)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"too large: '.*state'"):
+            sparsify(*tiny(), **how, resume=file)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+    assert same(sparsify(*tiny(), **how, resume=file), sparsify(*tiny(), **how))
+
 # training
 
 def tiny(seed=0):
@@ -272,7 +435,7 @@ def same(a, b):
             and (a.undecided, a.gap) == (b.undecided, b.gap))
 
 def test_two_steps_of_the_source_by_hand(tmp_path):
-    "SGD with momentum on the cross-entropy and the price, β from 1 to 200 in two epochs, on a plain masked network."
+    "SGD with momentum on cross-entropy and price, β from 1 to 200, on a plain masked network."
     path, unit, own, other, background = tiny()
     net, layout, batch = path.model, Layout.of(path, 0), (4, 5, 6)
     sparsify_free(path, unit, own, other, background, .01, epochs=2, steps=2, batch=batch, seed=7,
@@ -327,7 +490,8 @@ def test_few_steps_are_followed_by_as_many_as_a_decision_takes(steps, tmp_path):
     assert steps < len(found.loss) <= 2*steps and found.unsure[steps - 1] > .01 > found.undecided
     assert same(sparsify(*tiny(), **how, resume=tmp_path/"state"), found)
     easy = sparsify(*tiny(), **how | dict(keep=.25))
-    assert len(easy.loss) == steps and easy.undecided < .01, "a mask that is decided after its steps gets no more"
+    # a mask that is decided after its steps gets no more
+    assert len(easy.loss) == steps and easy.undecided < .01
 
 def test_kernels_that_lead_nowhere_are_taken_in_their_order():
     torch.manual_seed(0)
@@ -359,8 +523,8 @@ def test_divergence_is_noticed_on_the_way(monkeypatch):
 
 def test_images_that_teach_nothing_are_refused():
     path, unit, red, blue, dark = tiny()
-    with pytest.raises(ValueError,
-                       match=r"1 images are in 'own' and in 'other' \(the first is image 2 of 'own'\)"):
+    twice = r"1 images are in 'own' and in 'other' \(the first is image 2 of 'own'\)"
+    with pytest.raises(ValueError, match=twice):
         sparsify(path, unit, red, torch.cat([blue, red[2:3]]), dark)
     with pytest.raises(ValueError, match="image 1 of 'other' has values that are not finite"):
         sparsify(path, unit, red, torch.stack([blue[0], blue[1]*torch.nan]), dark)
@@ -370,9 +534,10 @@ def test_images_that_teach_nothing_are_refused():
         sparsify(path, unit, red, blue[:0], dark)
 
 forms = [dict(keep=.25), dict(keep=None, penalty=1e-3, optimiser="sgd", rate=.1, epochs=5,
-                              start=.05), dict(keep=None, penalty=1e-3, gate="concrete")]
+                              start=.05), dict(keep=None, penalty=1e-3, gate="concrete"),
+         dict(keep=.25, ablation="mean"), dict(keep=.25, ablation="resample")]
 
-@pytest.mark.parametrize("form", forms, ids=["exact", "free", "concrete"])
+@pytest.mark.parametrize("form", forms, ids=["exact", "free", "concrete", "mean", "resample"])
 def test_a_training_that_is_stopped_anywhere_goes_on_to_the_same_mask(form, tmp_path, monkeypatch):
     how = dict(form, steps=60, patience=0)
     whole, file = sparsify(*tiny(), **how), tmp_path/"state"
@@ -388,7 +553,10 @@ def test_a_training_that_is_stopped_anywhere_goes_on_to_the_same_mask(form, tmp_
 
 def test_a_killed_training_goes_on_to_the_same_mask(tmp_path):
     file, how = tmp_path/"state", dict(keep=.25, steps=400, patience=0)
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_masks import *; torch.set_num_threads({torch.get_num_threads()}); sparsify(*tiny(), **{how}, resume={str(file)!r}, every=0)"
+    script = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
+              "from test_masks import *; "
+              f"torch.set_num_threads({torch.get_num_threads()}); "
+              f"sparsify(*tiny(), **{how}, resume={str(file)!r}, every=0)")
     process = subprocess.Popen([sys.executable, "-c", script])
     while not file.exists() and process.poll() is None: time.sleep(.005)
     process.send_signal(signal.SIGKILL)
@@ -419,12 +587,14 @@ def test_masks_of_one_job_equal_masks_alone():
     clusters, how = [red, blue, green], dict(steps=30, batch=(8, 8, 8))
     runs = [dict(own=0, other=[1], keep=.2, **how), dict(own=1, keep=.4, seed=3, **how),
             dict(own=2, other=[1, 0], objective="separate", **how),
-            dict(own=0, keep=None, penalty=1e-3, optimiser="sgd", epochs=3, **how)]
+            dict(own=0, keep=None, penalty=1e-3, optimiser="sgd", epochs=3, **how),
+            dict(own=0, other=[1], keep=.2, ablation="resample", **how)]
     alone = [sparsify(path, unit, red, blue, dark, keep=.2, **how),
              sparsify(path, unit, blue, torch.cat([red, green]), dark, keep=.4, seed=3, **how),
              sparsify(path, unit, green, torch.cat([blue, red]), dark, objective="separate", **how),
              sparsify(path, unit, red, torch.cat([blue, green]), dark, keep=None, penalty=1e-3,
-                      optimiser="sgd", epochs=3, **how)]
+                      optimiser="sgd", epochs=3, **how),
+             sparsify(path, unit, red, blue, dark, keep=.2, ablation="resample", **how)]
     for n_jobs in (1, 2):
         with joblib.parallel_config("threading", n_jobs=n_jobs):
             together = sparsify_many(path, unit, clusters, dark, runs)

@@ -1,6 +1,7 @@
-"Scores against removal, autograd and maps held by hand; what counts as relevant; exact counts; FORCE against Iter-SNIP."
+"Scores against removal, autograd and maps held by hand; what is relevant; counts; FORCE."
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -131,8 +132,8 @@ def test_what_is_not_supported_is_named():
 def test_spread_is_the_inverse_of_gather(shape, per):
     weight = torch.rand(shape, dtype=torch.double)
     parts = torch.rand_like(part_means(weight, per))
-    torch.testing.assert_close(part_means(broadcast_parts(parts, weight,
-                                                          per)*torch.ones_like(weight), per), parts)
+    spread = broadcast_parts(parts, weight, per)*torch.ones_like(weight)
+    torch.testing.assert_close(part_means(spread, per), parts)
 
 
 # ---- against what they mean
@@ -180,9 +181,8 @@ def test_snip_and_taylor_against_the_gradient_of_each_image(name, per):
     plain = {n: w.clone().requires_grad_() for n, w in relevant_weights(path, 1).items()}
     sizes, wholes = (dict.fromkeys(plain, 0.0) for _ in range(2))
     for image in x.split(1):
-        for (n, w), g in zip(plain.items(),
-                             torch.autograd.grad(path(image, plain, 1).sum(),
-                                                 list(plain.values()))):
+        slopes = torch.autograd.grad(path(image, plain, 1).sum(), list(plain.values()))
+        for (n, w), g in zip(plain.items(), slopes):
             effect = (w*g).detach()
             axes = {"weight": (), "kernel": (2, 3), "filter": (1, 2, 3), "channel": (0, 2, 3)}[per]
             axes = [a for a in axes if a < w.ndim]
@@ -222,35 +222,31 @@ def held(path, unit, x, per):
     for n in names: handles.append(path.model.get_submodule(n).register_forward_hook(note(n)))
     y = path(x.clone().requires_grad_(), unit=unit).sum()
     for handle in handles: handle.remove()
-    slopes, scores = torch.autograd.grad(y, [seen[n][1] for n in names], retain_graph=True), {}
-    for n, slope in zip(names, slopes):
-        module, (into, out), w = (path.model.get_submodule(n), seen[n],
-                                  path.model.get_submodule(n).weight)
-        rows = [unit] if n == path.layer else range(len(w))
-        linear = isinstance(module, nn.Linear)
-        run = ((lambda x, w: F.linear(x, w)) if linear
-               else lambda x, w: F.conv2d(x, w, None, module.stride, module.padding,
-                                          module.dilation))
-        size = lambda t, o: t[..., o] if linear else t[:, o]  # one output's map
-        total = lambda product: product.abs().reshape(len(product), -1).mean(1).sum()
-        only = lambda *index: torch.zeros_like(w).index_put(tuple(torch.tensor(i) for i in index),
-                                                            w[index])
-        if per == "channel":
-            back, = torch.autograd.grad(out, into, slope, retain_graph=True)
-            scores[n] = torch.stack([total(size(into*back, i)) for i in range(w.shape[1])])
-        elif per == "filter":
-            scores[n] = torch.stack([total(size(run(into, w)*slope, o)) for o in rows])
-        elif per == "kernel":
-            one = lambda o, i: only(o, i) if linear else torch.zeros_like(w).index_put(
-                (torch.tensor(o), torch.tensor(i)), w[o, i])
-            scores[n] = torch.stack([torch.stack([total(size(run(into, one(o, i))*slope, o))
-                                                  for i in range(w.shape[1])]) for o in rows])
-        else:
-            inner = list(torch.cartesian_prod(*(torch.arange(k) for k in w.shape[1:])).view(
-                -1, w.ndim - 1).tolist())
-            scores[n] = torch.stack([total(size(run(into, only(o, *index))*slope, o)) for o in rows
-                                     for index in inner]).view(len(rows), *w.shape[1:])
-    return {n: s.detach() for n, s in scores.items()}
+    slopes = torch.autograd.grad(y, [seen[n][1] for n in names], retain_graph=True)
+    rows = lambda n: [unit] if n == path.layer else range(len(path.model.get_submodule(n).weight))
+    return {n: held_in_layer(path.model.get_submodule(n), *seen[n], slope, rows(n), per).detach()
+            for n, slope in zip(names, slopes)}
+
+
+def held_in_layer(module, into, out, slope, rows, per):
+    "The scores of some rows of one layer, part by part."
+    w, linear = module.weight, isinstance(module, nn.Linear)
+    def run(w):
+        if linear: return F.linear(into, w)
+        return F.conv2d(into, w, None, module.stride, module.padding, module.dilation)
+    size = lambda t, o: t[..., o] if linear else t[:, o]  # one output's map
+    total = lambda product: product.abs().reshape(len(product), -1).mean(1).sum()
+    def only(*index):
+        return total(size(run(torch.zeros_like(w).index_put(
+            tuple(torch.tensor(i) for i in index), w[index]))*slope, index[0]))
+    if per == "channel":
+        back, = torch.autograd.grad(out, into, slope, retain_graph=True)
+        return torch.stack([total(size(into*back, i)) for i in range(w.shape[1])])
+    if per == "filter": return torch.stack([total(size(run(w)*slope, o)) for o in rows])
+    shape = w.shape[1:2] if per == "kernel" else w.shape[1:]
+    inner = itertools.product(*map(range, shape))
+    return torch.stack([only(o, *at) for o, at in itertools.product(rows, inner)]).view(
+        len(rows), *shape)
 
 
 @pytest.mark.parametrize("name", ("chain", "fire", "residual", "perceptron"))
@@ -294,11 +290,11 @@ def test_few_channels_at_a_time_is_no_different(monkeypatch):
 # ---- FORCE and Iter-SNIP
 
 def gate():
-    "f = ½ + |…| where entry 'a' has no effect until 'b' is gone: b holds the ReLU shut on the only image on which a counts."
+    "Entry 'b' holds the ReLU shut on the only image on which 'a' counts: until it is gone."
     net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(),
                         nn.Conv2d(2, 1, 1)).eval().requires_grad_(False)
-    net[0].weight.copy_(torch.tensor([[1., 0, 0], [0, -2, 1]]).view(2, 3, 1, 1)), net[0].bias.copy_(
-        torch.tensor([0., .5]))
+    net[0].weight.copy_(torch.tensor([[1., 0, 0], [0, -2, 1]]).view(2, 3, 1, 1))
+    net[0].bias.copy_(torch.tensor([0., .5]))
     net[2].weight.copy_(torch.tensor([[3., 1]]).view(1, 2, 1, 1))
     return pathway(net, "2", (1, 1)), torch.tensor([[1., 10, 10], [1, -1, 0]]).view(2, 3, 1, 1)
 
@@ -319,15 +315,12 @@ def test_the_mask_gradient_is_taken_where_the_mask_is_zero():
     closed = mask.detach().clone()
     closed[4:6] = 0
     weights = relevant_weights(path, 0)
-    def value(mask, image):
-        return path(image,
-                    {n: w*m.view(w.shape)
-                     for (n, w), m in zip(weights.items(), mask.split([6, 2]))}, 0).sum()
-    slopes = sum(torch.autograd.functional.jacobian(lambda m: value(m, image), closed).abs()
-                 for image in x.split(1))
+    def masked(mask):
+        return {n: w*m.view(w.shape) for (n, w), m in zip(weights.items(), mask.split([6, 2]))}
+    slopes = torch.autograd.functional.jacobian(lambda m: path(x, masked(m), 0), closed)
+    slopes = slopes.abs().sum(0)
     from superpos.score import _snip
-    masked = {n: w*m.view(w.shape) for (n, w), m in zip(weights.items(), closed.split([6, 2]))}
-    torch.testing.assert_close(flat(_snip(path, 0, x, "weight", weights, masked)), slopes)
+    torch.testing.assert_close(flat(_snip(path, 0, x, "weight", weights, masked(closed))), slopes)
     assert slopes[4:6].min() > 0
 
 
@@ -346,8 +339,8 @@ def test_exact_counts(score, keep):
     torch.manual_seed(0)
     path = pathway(SmallAlexNet(width=16).eval(), "features.6", (32, 32))
     x = path.crop(torch.rand(2, 3, 32, 32))
-    scores = flat(with_images[score](path, 1, x, **(dict(keep=keep) if "force" == score
-                                                    or "iter" in score else {}), per="weight"))
+    sized = dict(keep=keep) if score in ("force", "iter_snip") else {}
+    scores = flat(with_images[score](path, 1, x, **sized, per="weight"))
     mask = keep_top(scores, keep)
     assert mask.sum() == round(keep*len(scores)) and scores[mask].min() >= scores[~mask].max()
 
@@ -381,11 +374,10 @@ def test_large_networks(name, layer):
 @pytest.mark.parametrize("per", granularities)
 def test_small_networks_at_every_granularity(name, score, per):
     path, x = network(name)
-    found = with_images[score](path, 1, x, per=per, **(dict(keep=.5) if "force" == score
-                                                       or "iter" in score else {}))
-    assert ({n: s.shape for n, s in found.items()} == {n: part_means(w, per).shape
-                                                       for n, w in relevant_weights(
-                                                           path, 1).items()})
+    sized = dict(keep=.5) if score in ("force", "iter_snip") else {}
+    found = with_images[score](path, 1, x, per=per, **sized)
+    shapes = {n: part_means(w, per).shape for n, w in relevant_weights(path, 1).items()}
+    assert {n: s.shape for n, s in found.items()} == shapes
     assert flat(found).isfinite().all() and not any(s.requires_grad for s in found.values())
 
 
@@ -401,8 +393,7 @@ def test_small_networks_at_every_granularity(name, score, per):
     (lambda path, x: force_schedule(5, 6), "kept must be in 1..5, got 6"),
     (lambda path, x: force(path, 1, x*torch.nan), "scores are NaN"),
     (lambda path, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
-    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 scores are NaN or "
-     "infinite"),
+    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 .* are NaN or infinite"),
     (lambda path, x: snip(path, 1, x[..., :-1]), "takes crops of")])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message): call(*network("chain"))

@@ -1,4 +1,4 @@
-"Eight masks of AlexNet's `features.10` in one job, against eight jobs, as functions and as commands; one after the other against all at once in grouped convolutions."
+"Steps and trainings of masks of AlexNet's `features.10`: by ablation, and eight in one job."
 import os
 import subprocess
 import sys
@@ -11,10 +11,11 @@ import torchvision
 from PIL import Image
 from turns import interleaved
 
+from superpos import sparsify as training
 from superpos.field import pathway
-from superpos.mask import Layout, soft_mask
+from superpos.mask import Layout, mean_replacement, respond, soft_mask
 from superpos.score import relevant_weights
-from superpos.sparsify import sparsify, sparsify_many
+from superpos.sparsify import Recipe, sparsify, sparsify_many
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,39 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+def test_a_step_under_each_ablation(benchmark, setting):
+    "One thread, the images of a step of the recipe; what is not a step is measured beside it."
+    path, *groups = setting
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    reference = training._reference(path, 9, groups, [respond(path, 9, x) for x in groups])
+    def train(ablation, steps=6):
+        recipe = Recipe(keep=.05, steps=steps, ablation=ablation, patience=0)
+        weights, layout = relevant_weights(path, 9), Layout.of(path, 9)
+        form, logits = training._Exact(recipe, len(layout)), torch.zeros(len(layout))
+        logits.requires_grad_()
+        adam = training.optimisers["adam"](logits, .05)
+        batches = training._batches(reference, recipe, steps)
+        mean = mean_replacement(path, 9, groups[2]) if ablation == "mean" else None
+        def run():
+            for step in range(steps):
+                mask, _ = form.during(logits, step)
+                loss = training._loss(path, 9, reference, [b[step] for b in batches],
+                                      layout.apply(mask, weights), "preserve", mean)
+                adam.zero_grad(); loss.backward(); adam.step()
+        return run
+    try: seconds = interleaved({name: train(name) for name in training.ablations}, 5)
+    finally: torch.set_num_threads(threads)
+    for name, most in dict(mean=1.1, resample=1.7).items():
+        ratio = seconds[name]/seconds["zero"]
+        benchmark.extra_info[name] = f"{ratio:.2f} of a step under zero ablation"
+        print(f"\n  a step under {name} ablation: {benchmark.extra_info[name]}", end="")
+        assert ratio <= most
+    benchmark.pedantic(train("zero", 1), rounds=1)
+
+
 def test_eight_masks_in_one_job(benchmark, setting, threads):
-    "As many images for each step as in a study: 560 for a hundred steps. On several threads the masks of the one job are trained side by side."
+    "560 images for a hundred steps, as in a study; on several threads masks train side by side."
     path, own, other, background = setting
     runs = [dict(keep=keep, seed=seed, steps=10) for keep in (.02, .05) for seed in range(4)]
     found = {}
@@ -46,8 +78,8 @@ def test_eight_masks_in_one_job(benchmark, setting, threads):
         assert (torch.equal(a.mask, b.mask) if threads == 1
                 else (a.mask != b.mask).float().mean() < 1e-3)
         np.testing.assert_allclose(a.loss[:10], b.loss[:10], rtol=0 if threads == 1 else 1e-4)
-    benchmark.extra_info[
-        "one job"] = f"{seconds['one job']/seconds['eight jobs']:.2f} of the time of eight jobs"
+    ratio = seconds["one job"]/seconds["eight jobs"]
+    benchmark.extra_info["one job"] = f"{ratio:.2f} of the time of eight jobs"
     print(f"\n  eight masks in one job, {threads} threads: {benchmark.extra_info['one job']}",
           end="")
     benchmark.pedantic(one, rounds=1)
@@ -55,7 +87,7 @@ def test_eight_masks_in_one_job(benchmark, setting, threads):
 
 
 def test_eight_masks_by_one_command(benchmark, tmp_path):
-    "Eight sizes, 560 images, a hundred steps each, by `superpos sparsify`: with start, reading of images and cards, all that somebody waits for. Every core is used by both."
+    "Eight sizes by `superpos sparsify`, with start, reading of images and cards, on every core."
     torch.manual_seed(0)
     torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path/"alexnet.pth")
     rng = np.random.default_rng(0)
@@ -94,7 +126,7 @@ def test_masks_in_turn_against_grouped_convolutions(benchmark, setting):
     def at_once(): return torch.autograd.grad(torch.vmap(response)(logits).sum(), logits)[0].sum(0)
     torch.testing.assert_close(in_turn(), at_once(), rtol=1e-3, atol=1e-4)
     seconds = interleaved(dict(in_turn=in_turn, at_once=at_once), 2)
-    benchmark.extra_info[
-        "at once"] = f"{seconds['at_once']/seconds['in_turn']:.2f} times the time of taking turns"
+    ratio = seconds["at_once"]/seconds["in_turn"]
+    benchmark.extra_info["at once"] = f"{ratio:.2f} times the time of taking turns"
     print(f"\n  eight masks by grouped convolutions: {benchmark.extra_info['at once']}", end="")
     benchmark.pedantic(in_turn, rounds=1)

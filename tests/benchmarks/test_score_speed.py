@@ -1,4 +1,4 @@
-"ActGrad of AlexNet's `features.10` by kernel: a few input channels at a time in the receptive field, against holding the map of every kernel."
+"ActGrad of AlexNet's `features.10` by kernel, against holding the map of every kernel."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,8 @@ def hold_all(model, x):
         w = module.weight
         one_by_one = F.conv2d(x, w.transpose(0, 1).reshape(-1, 1, *w.shape[2:]), None,
                               module.stride, module.padding, groups=w.shape[1])
-        maps[f"features.{i}.weight"] = held = one_by_one.view(len(x), w.shape[1], w.shape[0],
-                                                              *one_by_one.shape[
-                                                                  2:]).requires_grad_()
+        held = one_by_one.unflatten(1, (w.shape[1], w.shape[0])).requires_grad_()
+        maps[f"features.{i}.weight"] = held
         x = held.sum(1) + module.bias.view(-1, 1, 1)
     slopes = torch.autograd.grad(x[:, unit, 6, 6].sum(), list(maps.values()))
     scores = {name: (a*g).detach().abs().mean((3, 4)).sum(0).T
@@ -51,8 +50,8 @@ def peak(way):
 
 def test_actgrad_by_kernel(benchmark, setting):
     model, path, x = setting
-    ways = {"all kernel maps held": lambda: hold_all(model,
-                                                     x), "a few channels at a time": lambda: actgrad(path, unit, path.crop(x))}
+    ways = {"all kernel maps held": lambda: hold_all(model, x),
+            "a few channels at a time": lambda: actgrad(path, unit, path.crop(x))}
     plain, ours = (way() for way in ways.values())
     for name in relevant_weights(path, unit):
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-9)

@@ -21,10 +21,8 @@ def uniforms(
 ):
     "Fill `out` with the random numbers `first`, `first + stride`, … of a step."
     for e in range(examples):
-        z = np.uint32(np.uint32(np.uint32(first)
-                                + np.uint32(np.uint32(e)*np.uint32(stride)))*np.uint32(
-                                    0x9E3779B9)) + np.uint32(key1)
-        z = np.uint32(z)
+        number = np.uint32(np.uint32(first) + np.uint32(np.uint32(e)*np.uint32(stride)))
+        z = np.uint32(np.uint32(number*np.uint32(0x9E3779B9)) + np.uint32(key1))
         z ^= z >> np.uint32(16)
         z = np.uint32(z*np.uint32(0x21F0AAAD))
         z ^= z >> np.uint32(15)
@@ -104,7 +102,7 @@ def _project(W, X, H, lanes, relu):
 # %% ../nbs/09_fused.ipynb #70f1960a
 @numba.njit(fastmath=True, error_model="numpy")
 def _output(v, bias, importance, x, H, D, g, dv, lanes, relu, absolute):
-    "One output's loss and bias gradient; adds to dv (m,) and D (m, examples). `g` (examples,) is scratch."
+    "One output's loss and bias gradient; adds to dv (m,) and D (m, examples). `g` is scratch."
     m = len(H)
     for e in range(lanes): g[e] = bias
     whole = m - m % 4
@@ -220,8 +218,9 @@ def train_steps(
             total = 0.
             for first in range(0, batch, block):
                 lanes = min(block, batch - first)
-                _sample(X, u, lanes, keys[j, step, 0], keys[j, step, 1], first, streams, density[j],
-                        offset[j], gate, shared, signed, exactly)
+                key1, key2 = keys[j, step, 0], keys[j, step, 1]
+                _sample(X, u, lanes, key1, key2, first, streams, density[j], offset[j], gate,
+                        shared, signed, exactly)
                 _project(W[j], X, H, lanes, relu_hidden)
                 for k in range(m):
                     for e in range(lanes): D[k, e] = np.float32(0)
@@ -237,11 +236,11 @@ def train_steps(
                 _inward(X, D, dW, lanes)
             losses[j, step] = total/batch
             for k in range(len(grad)): grad[k] /= np.float32(batch)
-            t, state = done + step + 1, moments[j]
-            _adamw(W[j].reshape(-1), grad[:n*m], state[0, :n*m], state[1, :n*m], rates[step], decay,
-                   t)
+            one, two = moments[j, 0], moments[j, 1]
+            rate, t = rates[step], done + step + 1
+            _adamw(W[j].reshape(-1), grad[:n*m], one[:n*m], two[:n*m], rate, decay, t)
             if not tied:
-                _adamw(V[j].reshape(-1), grad[n*m:2*n*m], state[0, n*m:2*n*m], state[1, n*m:2*n*m],
-                       rates[step], decay, t)
-            if biased: _adamw(b[j], db, state[0, 2*n*m:], state[1, 2*n*m:], rates[step], decay, t)
+                _adamw(V[j].reshape(-1), grad[n*m:2*n*m], one[n*m:2*n*m], two[n*m:2*n*m], rate,
+                       decay, t)
+            if biased: _adamw(b[j], db, one[2*n*m:], two[2*n*m:], rate, decay, t)
             else: db[:] = np.float32(0)

@@ -27,14 +27,14 @@ def _check(W: torch.Tensor, matrix: bool = False) -> None:
 
 def _check_level(name: str, value: float, below: float = float("inf")) -> None:
     if not 0 <= value < below:
-        raise ValueError(f"{name} must be at least "
-                         f"0{f' and below {below}' if below < float('inf') else ''}, got {value}")
+        limit = f" and below {below}" if below < float("inf") else ""
+        raise ValueError(f"{name} must be at least 0{limit}, got {value}")
 
 # %% ../nbs/11_geometry.ipynb #8829307d
 def norms(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (..., n)
-    "How long each feature's direction is: about 1 for a feature that is represented, 0 for one that is not."
+    "Length of each feature's direction: about 1 where the feature is represented, else about 0."
     _check(W)
     return torch.linalg.vector_norm(W, dim=-2)
 
@@ -53,9 +53,9 @@ def _unit(W: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/11_geometry.ipynb #db18d61c
 def interference(
     W: torch.Tensor,  # (..., m, n)
-    normalised: bool = False,  # False: Σ_{j≠i}(Ŵ_i·W_j)², as in the paper; True: Ŵ_j in place of W_j
+    normalised: bool = False,  # False: Σ_{j≠i}(Ŵ_i·W_j)², the paper's; True: Ŵ_j for W_j
 ) -> torch.Tensor:  # (..., n), 0 for a column of zeros
-    "How much the other features project on each one's direction (Elhage et al. 2022, *Demonstrating superposition*)."
+    "How much the other features project on each one's direction (Elhage et al. 2022)."
     _check(W)
     squares = (_unit(W).mT @ (_unit(W) if normalised else W))**2
     return squares.sum(-1) - squares.diagonal(dim1=-2, dim2=-1)
@@ -64,7 +64,7 @@ def interference(
 def dimensionality(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (..., n), each in 0..1; 0 for a column of zeros
-    "D_i = ‖W_i‖²/Σ_j(Ŵ_i·W_j)², each feature's fraction of a dimension (Elhage et al. 2022, *The geometry of superposition*)."
+    "D_i = ‖W_i‖²/Σ_j(Ŵ_i·W_j)², each feature's fraction of a dimension (Elhage et al. 2022)."
     _check(W)
     total = ((_unit(W).mT @ W)**2).sum(-1)
     return W.square().sum(-2)/torch.where(total > 0, total, 1)
@@ -73,13 +73,13 @@ def dimensionality(
 def capacity(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (...), between 0 and m
-    "Σ_i D_i: the dimensions in use, which cannot be more than there are (Scherlis et al. 2022, section 2)."
+    "Σ_i D_i: the dimensions in use, at most as many as there are (Scherlis et al. 2022)."
     return dimensionality(W).sum(-1)
 
 def dimensions_per_feature(
     W: torch.Tensor,  # (..., m, n)
 ) -> torch.Tensor:  # (...); infinite if no feature is represented
-    "m/‖W‖_F², where ‖W‖_F² is about how many features are represented (Elhage et al. 2022, *The geometry of superposition*)."
+    "m/‖W‖_F², where ‖W‖_F² is about how many features are represented (Elhage et al. 2022)."
     _check(W)
     return W.shape[-2]/W.square().sum((-2, -1))
 
@@ -120,8 +120,8 @@ def _simplex(n: int) -> torch.Tensor:
     return _unit(torch.linalg.svd(torch.eye(n, dtype=torch.float64) - 1/n)[0][:, :n - 1].T)
 
 def _cross(n: int) -> torch.Tensor:
-    return torch.cat([torch.eye(n//2, dtype=torch.float64), -torch.eye(n//2, dtype=torch.float64)],
-                     1)
+    half = torch.eye(n//2, dtype=torch.float64)
+    return torch.cat([half, -half], 1)
 
 def _solids(n: int) -> dict[str, list[torch.Tensor]]:
     "Arrangements on the sphere that exist for one number of features only."
@@ -137,8 +137,8 @@ def _solids(n: int) -> dict[str, list[torch.Tensor]]:
                 "square antiprism": [_stack((square, z), (turned, -z))
                                      for z in np.linspace(1/(1 + 8**.5), 1/3, 3)**.5]}
     if n == 12:
-        return {"icosahedron": [_stack((pole, 1), (pentagon, 5**-.5), (_polygon(5, .5), -5**-.5),
-                                       (pole, -1))]}
+        layers = (pole, 1), (pentagon, 5**-.5), (_polygon(5, .5), -5**-.5), (pole, -1)
+        return {"icosahedron": [_stack(*layers)]}
     return {}
 
 # %% ../nbs/11_geometry.ipynb #f6fe0f6b
@@ -185,9 +185,9 @@ def _search(G: np.ndarray, R: np.ndarray, enough: float, starts: int = 50) -> fl
 def gram_deviation(
     W: torch.Tensor,  # (m, n)
     reference: torch.Tensor,  # (k, n), in any number of dimensions
-    enough: float = 1e-7,  # stop looking for a better order of the features once the deviation is this small
+    enough: float = 1e-7,  # a deviation this small ends the search for a better order
 ) -> float:  # 0 for the same arrangement, 1 at most
-    "Relative difference of the Gram matrices, after the best reordering and scaling that were found."
+    "Relative difference of the Gram matrices, after the best reordering and scaling found."
     for V in (W, reference): _check(V, matrix=True)
     if W.shape[1] != reference.shape[1]:
         raise ValueError(f"only equally many features can be compared, got {W.shape[1]} and "
@@ -219,7 +219,7 @@ def approximate_rank(
     W: torch.Tensor,  # (..., m, n)
     tolerance: float = 0.1,  # of the Gram matrix, relative, as in `polytope`
 ) -> torch.Tensor:  # integers, (...)
-    "In how few dimensions an arrangement fits whose Gram matrix deviates from this one by `tolerance` at most."
+    "In how few dimensions the arrangement fits if its Gram matrix may change by `tolerance`."
     _check(W)
     _check_level("tolerance", tolerance, below=1)
     squares = torch.linalg.svdvals(W.double())**4

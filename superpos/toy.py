@@ -9,6 +9,7 @@ __all__ = ['Features', 'Toy', 'loss', 'expected_loss', 'untrained_toy', 'Trained
 import dataclasses
 import importlib.util
 import math
+import operator
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,62 +22,35 @@ from .core import atomic_write, progress
 # %% ../nbs/10_toy.ipynb #6874eb4a
 @dataclasses.dataclass(frozen=True, eq=False)
 class Features:
-    "A distribution of sparse features for each of several instances of a toy model (Elhage et al. 2022, *Demonstrating superposition*)."
+    "Distributions of sparse features (Elhage et al. 2022, *Demonstrating superposition*)."
     n: int  # number of features
-    density: torch.Tensor | float | None = None  # P(xᵢ ≠ 0), in (0, 1]; anything that broadcasts to (instances, n); 1 by default
-    importance: torch.Tensor | float = 1.  # weight of each feature in the loss, ≥ 0; anything that broadcasts to (instances, n)
+    density: torch.Tensor | float | None = None  # P(xᵢ ≠ 0), to (instances, n); in (0, 1], or 1
+    importance: torch.Tensor | float = 1.  # weight in the loss, ≥ 0; broadcasts to (instances, n)
     _: dataclasses.KW_ONLY  # what follows is given by name
     signed: bool = False  # values are uniform on [−1, 1], not on [0, 1]
     correlated: Sequence[Sequence[int]] = ()  # groups of features that are active together
-    anticorrelated: Sequence[Sequence[int]] = ()  # groups of features of which at most one is active
-    exactly: int | None = None  # so many features are active in every example; their density is `exactly/n`
+    anticorrelated: Sequence[Sequence[int]] = ()  # groups of which at most one is active
+    exactly: int | None = None  # so many are active in every example: density `exactly/n`
 
     def __post_init__(self):
-        if not (isinstance(self.n, int) and self.n >= 1):
-            raise ValueError(f"n must be a whole number of features, at least 1, got {self.n!r}")
-        if self.exactly is not None:
-            if self.density is not None:
-                raise ValueError("give either a density or `exactly`, which fixes it")
-            if not (isinstance(self.exactly, int) and 1 <= self.exactly <= self.n):
-                raise ValueError(f"exactly must lie between 1 and n = {self.n}, got "
-                                 f"{self.exactly!r}")
-            if self.correlated or self.anticorrelated:
-                raise ValueError("`exactly` leaves no freedom for groups; give one or the other")
-        density = (self.exactly/self.n if self.exactly else 1. if self.density is None
-                   else self.density)
-        density, importance = (_per_feature(name, value, self.n)
-                               for name, value in (("density", density),
-                                                   ("importance", self.importance)))
-        if not ((density > 0) & (density <= 1)).all():
-            raise ValueError("density must lie in (0, 1], got "
-                             f"{_outside(density, (density > 0) & (density <= 1))}")
-        if not ((importance >= 0) & importance.isfinite()).all():
-            raise ValueError("importance must be finite and ≥ 0, got "
-                             f"{_outside(importance, (importance >= 0) & importance.isfinite())}")
-        try:
-            density, importance = (t.contiguous()
-                                   for t in torch.broadcast_tensors(density, importance))
-        except RuntimeError:
-            raise ValueError(f"density is given for {len(density)} instances, importance for "
-                             f"{len(importance)}") from None
-        groups = {name: tuple(tuple(map(int, group)) for group in getattr(self, name))
+        given = dict(n=_whole("n", self.n, 1))
+        if self.exactly is not None: given["exactly"] = self._check_exactly(given["n"])
+        density = (given["exactly"]/given["n"] if "exactly" in given
+                   else 1. if self.density is None else self.density)
+        given |= _check_weights(density, self.importance, given["n"])
+        given |= {name: tuple(tuple(map(int, group)) for group in getattr(self, name))
                   for name in ("correlated", "anticorrelated")}
-        members = [i for kind in groups.values() for group in kind for i in group]
-        if len(set(members)) < len(members):
-            raise ValueError("a feature can be in one group only; see "
-                             f"{sorted(i for i in set(members) if members.count(i) > 1)}")
-        if bad := [i for i in members if not 0 <= i < self.n]:
-            raise ValueError(f"there is no feature {bad[0]}; they are numbered 0 to {self.n - 1}")
-        for group in groups["correlated"]:
-            if len(group) and (density[:, group] != density[:, group[:1]]).any():
-                raise ValueError(f"features {group} are active together, so their density must be "
-                                 "the same")
-        for group in groups["anticorrelated"]:
-            if (density[:, group].sum(1) > 1 + 1e-6).any():
-                raise ValueError(f"the densities of the anticorrelated features {group} add up to "
-                                 "more than 1")
-        for name, value in dict(density=density, importance=importance, **groups).items():
-            object.__setattr__(self, name, value)
+        _check_groups(given["correlated"], given["anticorrelated"], given["density"])
+        for name, value in given.items(): object.__setattr__(self, name, value)
+
+    def _check_exactly(self, n: int) -> int:
+        if self.density is not None:
+            raise ValueError("give either a density or `exactly`, which fixes it")
+        if self.correlated or self.anticorrelated:
+            raise ValueError("`exactly` leaves no freedom for groups; give one or the other")
+        exactly = _whole("exactly", self.exactly, 1)
+        if exactly > n: raise ValueError(f"exactly must lie between 1 and n = {n}, got {exactly}")
+        return exactly
 
     @property
     def instances(self) -> int:
@@ -87,7 +61,11 @@ class Features:
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> "Features":
         "The distributions of some instances."
-        which = slice(which, which + 1 or None) if isinstance(which, int) else which
+        if hasattr(which, "__index__") and not getattr(which, "ndim", 0):
+            if not -len(self) <= (which := operator.index(which)) < len(self):
+                raise IndexError(f"there is no instance {which}; there are {len(self)}, numbered "
+                                 "from 0")
+            which = slice(which, which + 1 or None)
         return dataclasses.replace(self, density=None if self.exactly else self.density[which],
                                    importance=self.importance[which])
 
@@ -97,27 +75,75 @@ class Features:
         step: int = 0,  # every step has examples of its own
         device: torch.device | str = "cpu",  # where to make them
     ) -> torch.Tensor:  # (instances, seeds, batch, n)
-        "Examples: a pure function of seed and step, the same as `train` sees, whatever the number of instances and the backend."
-        keys = _keys(_as_seeds(seeds, self.instances), step)
-        return _draw(keys.to(device), _Plan.of(self, device), batch)
+        "The examples that `train` sees: a pure function of seed and step, on every backend."
+        keys = _keys(_as_seeds(seeds, self.instances), step).to(_device(device))
+        return _draw(keys, _Plan.of(self, device), _whole("batch", batch, 1))
+
+# %% ../nbs/10_toy.ipynb #691b21f3
+def _whole(name: str, value, least: int) -> int:
+    "Python's and numpy's whole numbers, as Python's."
+    if not hasattr(value, "__index__") or getattr(value, "ndim", 0) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    return operator.index(value)
+
+def _device(device: torch.device | str) -> torch.device:
+    try: return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError):
+        raise ValueError(f"there is no device {device!r} here; 'cpu' always is") from None
+
+def _as_seeds(seeds, instances: int) -> torch.Tensor:
+    wanted = f"seeds must be a list of whole numbers, or a tensor of shape ({instances}, seeds)"
+    try: found = seeds if isinstance(seeds, torch.Tensor) else torch.as_tensor(list(seeds))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{wanted}, got {seeds!r}") from None
+    if (found.ndim not in (1, 2) or not found.numel()
+        or (found.ndim == 2 and len(found) != instances)):
+        raise ValueError(f"{wanted}, got shape {tuple(found.shape)}")
+    if found.is_floating_point() or (found < 0).any():
+        raise ValueError(f"{wanted}, none below 0, got {found.min().item():g}")
+    return found.to(torch.int64).expand(instances, -1)
 
 def _per_feature(name: str, value, n: int) -> torch.Tensor:
-    value = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+    try: value = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a number or a tensor of them, got {value!r}") from None
     try: return value.broadcast_to(*(value.shape[:-1] if value.ndim > 1 else (1,)), n)
     except RuntimeError:
         raise ValueError(f"{name} of shape {tuple(value.shape)} does not fit {n} features; it must "
                          f"broadcast to (instances, {n})") from None
 
-def _outside(value: torch.Tensor, good: torch.Tensor) -> float:
-    return round(value[~good][0].item(), 6)
+# %% ../nbs/10_toy.ipynb #094c9e8d
+def _check_weights(density, importance, n: int) -> dict[str, torch.Tensor]:
+    "Both as tensors (instances, n)."
+    density, importance = _per_feature("density", density, n), _per_feature("importance",
+                                                                            importance, n)
+    for name, value, good, wanted in (
+            ("density", density, (density > 0) & (density <= 1), "lie in (0, 1]"),
+            ("importance", importance, (importance >= 0) & importance.isfinite(),
+             "be finite and ≥ 0")):
+        if not good.all():
+            raise ValueError(f"{name} must {wanted}, got {round(value[~good][0].item(), 6)}")
+    try: density, importance = torch.broadcast_tensors(density, importance)
+    except RuntimeError:
+        raise ValueError(f"density is given for {len(density)} instances, importance for "
+                         f"{len(importance)}") from None
+    return dict(density=density.contiguous(), importance=importance.contiguous())
 
-def _as_seeds(seeds, instances: int) -> torch.Tensor:
-    seeds = torch.as_tensor(seeds if isinstance(seeds, torch.Tensor) else list(seeds),
-                            dtype=torch.int64)
-    if seeds.ndim not in (1, 2) or not seeds.numel() or (seeds.ndim == 2 and len(seeds) != instances):
-        raise ValueError(f"seeds must be a list of integers, or a tensor of shape ({instances}, "
-                         f"seeds), got shape {tuple(seeds.shape)}")
-    return seeds.expand(instances, -1) if seeds.ndim == 1 else seeds
+def _check_groups(correlated, anticorrelated, density: torch.Tensor) -> None:
+    members, n = [i for group in (*correlated, *anticorrelated) for i in group], density.shape[1]
+    if len(set(members)) < len(members):
+        raise ValueError("a feature can be in one group only; see "
+                         f"{sorted(i for i in set(members) if members.count(i) > 1)}")
+    if bad := [i for i in members if not 0 <= i < n]:
+        raise ValueError(f"there is no feature {bad[0]}; they are numbered 0 to {n - 1}")
+    for group in correlated:
+        if len(group) and (density[:, group] != density[:, group[:1]]).any():
+            raise ValueError(f"features {group} are active together, so their density must be "
+                             "the same")
+    for group in anticorrelated:
+        if (density[:, group].sum(1) > 1 + 1e-6).any():
+            raise ValueError(f"the densities of the anticorrelated features {group} add up to "
+                             "more than 1")
 
 # %% ../nbs/10_toy.ipynb #6f4ff07c
 def _signed(word: int) -> int: return word - (1 << 64) if word >> 63 else word
@@ -126,7 +152,7 @@ def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 def _keys(seeds: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
-    "Two 32-bit keys for each seed and step, by splitmix64 (Steele et al. 2014): (*seeds.shape, *step.shape, 2)."
+    "Two 32-bit keys for each seed and step (…, 2), by splitmix64 (Steele et al. 2014)."
     step = torch.as_tensor(step, dtype=torch.int64, device=seeds.device)
     z = (seeds.reshape(*seeds.shape, *[1]*step.ndim)*_signed(0x9E3779B97F4A7C15)
          + step*_signed(0xD1B54A32D192ED03))
@@ -138,7 +164,7 @@ def _keys(seeds: torch.Tensor, step: int | torch.Tensor) -> torch.Tensor:
     return torch.stack([z & 0xFFFFFFFF, _shift(z, 32)], -1)
 
 def _uniforms(keys: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    "The random numbers `counts` of the steps with these keys, in [0, 1): (*keys.shape[:-1], *counts.shape)."
+    "Random numbers `counts`, in [0, 1), of each key (…, 2): (…, *counts.shape)."
     key1, key2 = (k.reshape(*k.shape, *[1]*counts.ndim) for k in keys.unbind(-1))
     z = (counts*0x9E3779B9 + key1) & 0xFFFFFFFF
     z = ((z ^ (z >> 16))*0x21F0AAAD) & 0xFFFFFFFF
@@ -178,8 +204,8 @@ def _draw(keys: torch.Tensor, plan: _Plan, batch: int) -> torch.Tensor:
     if plan.exactly: x = values*(u <= u.sort(-1).values[..., plan.exactly - 1, None])
     else:
         t = u*(1/plan.density) - plan.offset/plan.density
-        x = torch.where((t >= 0) & (t < 1), torch.where(plan.shared, values, 1 - t) if two
-                        else 1 - t, 0)
+        values = torch.where(plan.shared, values, 1 - t) if two else 1 - t
+        x = torch.where((t >= 0) & (t < 1), values, 0)
     return torch.where(x > 0, 2*x - 1, 0) if plan.signed else x
 
 # %% ../nbs/10_toy.ipynb #c36ab71d
@@ -192,7 +218,7 @@ class Toy:
     "Toy models: one for each instance and seed."
     W: torch.Tensor  # (instances, seeds, m, n): column i is the direction of feature i
     b: torch.Tensor  # (instances, seeds, n)
-    V: torch.Tensor | None = None  # (instances, seeds, n, m), the read-out of an untied model; `None`: Wᵀ
+    V: torch.Tensor | None = None  # (instances, seeds, n, m), untied read-out; `None`: Wᵀ
     kind: str = "relu_output"  # "linear", "relu_output", "relu_hidden" or "absolute"
 
     def __post_init__(self):
@@ -281,7 +307,7 @@ def loss(
     x: torch.Tensor,  # (instances, seeds, examples, n)
     importance: torch.Tensor,  # (instances, n), as in `Features`
 ) -> torch.Tensor:  # (instances, seeds)
-    "Mean over the examples of the importance-weighted squared error (Elhage et al. 2022, *The loss*)."
+    "Mean importance-weighted squared error of the examples (Elhage et al. 2022, *The loss*)."
     return _weighted(toy(x) - toy.target(x), importance)
 
 def _weighted(error: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -296,12 +322,11 @@ def expected_loss(
 ) -> torch.Tensor:  # (instances, seeds)
     "The loss on examples that training did not see."
     _check_fit(toy, features)
-    total = 0.
-    for part, size in enumerate(split := [min(4096, batch - done)
-                                          for done in range(0, batch, 4096)]):
-        total = total + size*loss(toy, features.sample(size, (2**62 + seed,), part, toy.W.device),
-                                  features.importance.to(toy.W.device))
-    return total/sum(split)
+    total, batch, device = 0., _whole("batch", batch, 1), toy.W.device
+    for part, done in enumerate(range(0, batch, 4096)):
+        x = features.sample(min(4096, batch - done), (2**62 + seed,), part, device)
+        total = total + x.shape[-2]*loss(toy, x, features.importance.to(device))
+    return total/batch
 
 def _check_fit(toy: Toy, features: Features) -> None:
     if toy.W.ndim != 4 or toy.n != features.n or len(toy.W) != features.instances:
@@ -317,9 +342,7 @@ def untrained_toy(
 ) -> Toy:
     "Untrained models: Xavier-normal weights (Glorot and Bengio 2010), zero biases."
     _check_kind(kind)
-    if not (isinstance(m, int) and m >= 1):
-        raise ValueError(f"m must be a whole number of dimensions, at least 1, got {m!r}")
-    seeds, n = _as_seeds(seeds, features.instances), features.n
+    seeds, n, m = _as_seeds(seeds, features.instances), features.n, _whole("m", m, 1)
     if bad := [s for s in seeds.flatten().tolist() if not 0 <= s < 2**32]:
         raise ValueError(f"seeds must be between 0 and 2³²−1, got {bad[0]}")
     scale, untied, drawn = (2/(n + m))**.5, kind == "absolute", {}
@@ -359,13 +382,13 @@ class _Numba:
     "The fused step, for fresh examples on the CPU."
     def __init__(self, toy: Toy, features: Features, seeds: torch.Tensor, recipe: _Recipe):
         from superpos import fused
-        self.step, self.toy, self.recipe, self.seeds, self.done = (fused.train_steps, toy, recipe,
-                                                                   seeds.reshape(-1), 0)
+        self.step, self.toy, self.recipe = fused.train_steps, toy, recipe
+        self.seeds, self.done = seeds.reshape(-1), 0
         J, S, n, m = seeds.numel(), seeds.shape[1], toy.n, toy.m
         self.W, self.V = (t.reshape(J, n, m).contiguous().clone().numpy()
                           for t in (toy.W.mT, toy.readout))
-        self.b, self.moments = (toy.b.reshape(J, n).clone().numpy(),
-                                torch.zeros(J, 2, 2*n*m + n).numpy())
+        self.b = toy.b.reshape(J, n).clone().numpy()
+        self.moments = torch.zeros(J, 2, 2*n*m + n).numpy()
         plan = _Plan.of(features)
         each = lambda t: t.reshape(-1, n).repeat_interleave(S, 0).contiguous().numpy()
         self.given = [each(t) for t in (plan.density, plan.offset, features.importance)]
@@ -376,8 +399,8 @@ class _Numba:
 
     def run(self, steps: int) -> torch.Tensor:  # (instances·seeds,), mean loss
         "Take so many steps."
-        keys = _keys(self.seeds, torch.arange(self.done, self.done + steps)).numpy().astype(
-            "uint32")
+        keys = _keys(self.seeds, torch.arange(self.done, self.done + steps))
+        keys = keys.numpy().astype("uint32")
         rates = self.recipe.rates[self.done:self.done + steps].numpy()
         losses = torch.empty(len(keys), steps).numpy()
         def share(part):
@@ -406,21 +429,19 @@ class _Torch:
     "The same step in torch, on any device; also for fixed examples and perturbed inputs."
     def __init__(self, toy: Toy, features: Features, seeds: torch.Tensor, recipe: _Recipe, device,
                  examples=None, perturb=None):
-        self.recipe, self.device, self.examples, self.perturb, self.graph, self.done = (
-            recipe, torch.device(device), examples, perturb, None, 0)
+        self.recipe, self.device, self.examples = recipe, torch.device(device), examples
+        self.perturb, self.graph, self.done = perturb, None, 0
         self.W, self.b, self.V = (t.to(device, copy=True) if t is not None else None
                                   for t in (toy.W, toy.b, toy.V))
         self.kind, self.plan = toy.kind, _Plan.of(features, device)
-        self.importance, self.seeds, self.rates = (t.to(device)
-                                                   for t in (features.importance, seeds,
-                                                             recipe.rates))
-        self.parameters = [p for p in (self.W, self.V, self.b if recipe.bias else None)
-                           if p is not None]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=torch.tensor(0., device=device),
+        self.importance, self.seeds, self.rates = (
+            t.to(device) for t in (features.importance, seeds, recipe.rates))
+        learned = [p for p in (self.W, self.V, self.b if recipe.bias else None) if p is not None]
+        self.optimiser = torch.optim.AdamW(learned, lr=torch.tensor(0., device=device),
                                            weight_decay=recipe.decay,
                                            capturable=self.device.type == "cuda")
-        self.at, self.total = (torch.zeros((), dtype=torch.int64, device=device),
-                               torch.zeros(seeds.shape, device=device))
+        self.at = torch.zeros((), dtype=torch.int64, device=device)
+        self.total = torch.zeros(seeds.shape, device=device)
 
     def model(self) -> Toy:
         "The models as they are now."
@@ -447,9 +468,13 @@ class _Torch:
     def _step(self) -> None:
         x = (self.examples if self.examples is not None
              else _draw(_keys(self.seeds, self.at), self.plan, self.recipe.batch))
-        given = (x if self.perturb is None else self.perturb(Toy(self.W, self.b, self.V, self.kind),
-                                                             x))
-        self.total += self._gradients(given, x.abs() if self.kind == "absolute" else x)
+        toy = Toy(self.W, self.b, self.V, self.kind)
+        given = x if self.perturb is None else self.perturb(toy, x)
+        if getattr(given, "shape", None) != x.shape:
+            got = tuple(getattr(given, "shape", ())) or repr(given)
+            raise ValueError(f"perturb must return inputs of the shape it was given, "
+                             f"{tuple(x.shape)}, got {got}")
+        self.total += self._gradients(given, toy.target(x))
         self.optimiser.param_groups[0]["lr"].copy_(self.rates[self.at])
         self.optimiser.step()
         self.at += 1
@@ -458,8 +483,8 @@ class _Torch:
     def run(self, steps: int) -> torch.Tensor:  # (instances·seeds,), mean loss
         "Take so many steps."
         self.total.zero_()
-        warm_up = (self._capture() if self.device.type == "cuda"
-                   and not (self.perturb or self.graph) and steps > 3 else 0)
+        fresh = self.device.type == "cuda" and not (self.perturb or self.graph)
+        warm_up = self._capture() if fresh and steps > 3 else 0
         for _ in range(steps - warm_up): (self.graph.replay if self.graph else self._step)()
         self.done += steps
         return (self.total/steps).reshape(-1).cpu()
@@ -481,46 +506,51 @@ def train(
     m: int,  # hidden dimensions
     kind: str = "relu_output",  # see `Toy`
     *,
-    seeds: Sequence[int] | torch.Tensor = (0,),  # every instance is trained with every seed; or a tensor (instances, seeds): each with its own
+    seeds: Sequence[int] | torch.Tensor = (0,),  # for all instances; or (instances, seeds)
     steps: int = 10_000,  # of the optimiser
     batch: int = 1024,  # fresh examples per step
     lr: float = 1e-3,  # learning rate
     weight_decay: float = .01,  # decoupled, as in AdamW
-    schedule: str = "constant",  # of the learning rate: "constant", "linear" or "cosine", the latter two down to 0
+    schedule: str = "constant",  # of the rate; "linear" and "cosine" lead down to 0
     bias: bool = True,  # whether the bias is trained; it starts at 0
     keep: Sequence[int] = (),  # steps after which to keep a copy of the models
     start: Toy | None = None,  # models to start from, in place of `untrained_toy` ones
-    examples: torch.Tensor | None = None,  # (T, n) or (instances, seeds, T, n): all steps see these T examples, and `batch` is not used
-    perturb: Callable[[Toy, torch.Tensor], torch.Tensor] | None = None,  # changes the input, not the target; see *Robustness*
-    backend: str = "auto",  # "numba" (CPU, fresh examples), "torch" (anything); "auto": the fastest that can do it
+    examples: torch.Tensor | None = None,  # (T, n) or (instances, seeds, T, n), at all steps
+    perturb: Callable[[Toy, torch.Tensor], torch.Tensor] | None = None,  # changes the input only
+    backend: str = "auto",  # "numba" (CPU, fresh examples), "torch" (anything); "auto": the faster
     device: torch.device | str = "cpu",  # where the torch backend computes
     quiet: bool = False,  # no progress bar
 ) -> Trained:
-    "Train a toy model for each instance and seed, all at once (Elhage et al. 2022, *Basic results*)."
-    toy = untrained_toy(features, m, kind, seeds) if start is None else start
-    seeds = _as_seeds(seeds, features.instances)
-    _check_fit(toy, features)
-    if toy.W.shape[:2] != seeds.shape or toy.m != m or toy.kind != kind:
-        raise ValueError(f"`start` holds {toy.W.shape[1]} seeds of a '{toy.kind}' model with m = "
-                         f"{toy.m}; asked for are {seeds.shape[1]} seeds of '{kind}' with m = {m}")
-    for name, value, low in (("steps", steps, 0), ("batch", batch, 1)):
-        if not (isinstance(value, int) and value >= low):
-            raise ValueError(f"{name} must be a whole number, at least {low}, got {value!r}")
+    "Train a toy model for each instance and seed, all at once (after Elhage et al. 2022)."
+    _check_kind(kind)
+    seeds, m = _as_seeds(seeds, features.instances), _whole("m", m, 1)
+    device = _device(device)
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and ≥ 0, got {value}")
+    steps, batch = _whole("steps", steps, 0), _whole("batch", batch, 1)
+    recipe = _Recipe(batch, _schedule(schedule, steps, lr), weight_decay, bias)
     if bad := [k for k in keep if not 0 <= k <= steps]:
         raise ValueError(f"keep asks for step {bad[0]} of {steps}")
     if examples is not None: examples = _fixed(examples, seeds.shape, features.n, device)
     name = _choose(backend, device, examples, perturb)
-    _check_memory(toy, len(keep), batch if name == "torch" else 0)
-    recipe = _Recipe(batch, _schedule(schedule, steps, lr), weight_decay, bias)
+    _check_memory(seeds.numel(), features.n, m*(1 + (kind == "absolute")), len(keep),
+                  batch if name == "torch" else 0)
+    toy = (untrained_toy(features, m, kind, seeds) if start is None
+           else _check_start(start, features, m, kind, seeds))
     engine = (_Numba(toy, features, seeds, recipe) if name == "numba"
               else _Torch(toy, features, seeds, recipe, device, examples, perturb))
     return _run(engine, toy, steps, sorted(set(keep)), quiet)
 
-def _choose(backend: str, device, examples, perturb) -> str:
-    fused = torch.device(device).type == "cpu" and examples is None and perturb is None
+def _check_start(toy: Toy, features: Features, m: int, kind: str, seeds: torch.Tensor) -> Toy:
+    _check_fit(toy, features)
+    if toy.W.shape[:2] != seeds.shape or toy.m != m or toy.kind != kind:
+        raise ValueError(f"`start` holds {toy.W.shape[1]} seeds of a '{toy.kind}' model with m = "
+                         f"{toy.m}; asked for are {seeds.shape[1]} seeds of '{kind}' with m = {m}")
+    return toy
+
+def _choose(backend: str, device: torch.device, examples, perturb) -> str:
+    fused = device.type == "cpu" and examples is None and perturb is None
     if backend not in ("auto", "numba", "torch"):
         raise ValueError(f"there is no backend {backend!r}; there are auto, numba and torch")
     if backend == "numba" and not fused:
@@ -536,26 +566,27 @@ def _fixed(examples: torch.Tensor, shape, n: int, device) -> torch.Tensor:
                          f"{tuple(examples.shape)}")
     return examples.to(device, torch.float32).expand(*shape, -1, -1)
 
-def _check_memory(toy: Toy, copies: int, batch: int) -> None:
+def _check_memory(models: int, n: int, m: int, copies: int, batch: int) -> None:
+    "Refuse before anything is made; `m` counts an untied model's dimensions twice."
     import psutil
-    each = 4*(3*toy.W[0, 0].numel()*(1 if toy.V is None else 2)*(3 + copies)
-              + 12*batch*(toy.n + toy.m))
-    models, free = toy.W.shape[0]*toy.W.shape[1], psutil.virtual_memory().available
+    each = 4*(3*n*m*(3 + copies) + 12*batch*(n + m))
+    free = psutil.virtual_memory().available
     if models*each > free:
         raise MemoryError(f"{models:,} models need about {models*each/2**30:,.1f} GiB, "
-                          f"{free/2**30:,.1f} GiB are free; train at most {int(free/each):,} at once")
+                          f"{free/2**30:,.1f} GiB are free; train at most {int(free/each):,} "
+                          "at once")
 
 def _run(engine, toy: Toy, steps: int, keep: list[int], quiet: bool) -> Trained:
     stops = sorted({*range(0, steps, max(1, steps//100)), *keep, steps} - {0})
-    kept, points = [engine.model()]*(0 in keep), []
+    kept, points, shape = [engine.model()]*(0 in keep), [], toy.W.shape[:2]
     for before, stop in zip([0, *stops], stops if quiet else progress(stops, "training")):
-        points.append(engine.run(stop - before).reshape(toy.W.shape[:2]))
+        points.append(engine.run(stop - before).reshape(shape))
         if not points[-1].isfinite().all():
             raise FloatingPointError(f"the loss is no longer finite by step {stop}; take a smaller "
                                      "learning rate")
         if stop in keep: kept.append(engine.model())
-    return Trained(engine.model(), torch.tensor(stops), torch.stack(points) if points
-                   else torch.zeros(0, *toy.W.shape[:2]), kept)
+    losses = torch.stack(points) if points else torch.zeros(0, *shape)
+    return Trained(engine.model(), torch.tensor(stops), losses, kept)
 
 def best_seed(
     toy: Toy,  # (instances, seeds, ...)

@@ -1,9 +1,9 @@
-"The loop of the notebook that accompanies *Toy Models of Superposition*: einsum, autograd, torch's AdamW. The oracle and the baseline."
+"The loop of the notebook that accompanies *Toy Models of Superposition*: oracle and baseline."
 import torch
 
 
 def plain_loop(n, m, instances, steps, density, batch=1024, lr=1e-3, seed=0):
-    "Train `instances` ReLU-output models of uniform importance; return W (instances, n, m) and b (instances, n)."
+    "Train ReLU-output models of uniform importance; return W (instances, n, m) and b."
     torch.manual_seed(seed)
     W = torch.nn.Parameter(torch.stack([torch.nn.init.xavier_normal_(torch.empty(n, m))
                                         for _ in range(instances)]))

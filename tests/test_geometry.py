@@ -1,4 +1,4 @@
-"Geometry of feature directions: double loops as oracles, closed forms of every shape, invariance, noise, and what is refused."
+"Geometry of directions: double loops as oracles, closed forms, invariance, noise, refusals."
 import itertools
 import math
 
@@ -35,11 +35,10 @@ def random(seed, *shape):
 def turned(W, seed, m=None):
     "Rotated or reflected into m dimensions, features reordered."
     m = m or max(3, len(W))
-    turn = (torch.from_numpy(special_ortho_group(m, seed=seed).rvs())*torch.tensor(
-        [-1. if seed % 2 else 1] + [1]*(m - 1)))
-    return turn[:, :len(W)] @ W[:,
-                                torch.randperm(W.shape[1],
-                                               generator=torch.Generator().manual_seed(seed))]
+    mirror = torch.tensor([-1. if seed % 2 else 1] + [1]*(m - 1))
+    turn = torch.from_numpy(special_ortho_group(m, seed=seed).rvs())*mirror
+    order = torch.randperm(W.shape[1], generator=torch.Generator().manual_seed(seed))
+    return turn[:, :len(W)] @ W[:, order]
 
 def distance(A, B):
     "Relative difference of the Gram matrices at the best scale, order kept."
@@ -190,8 +189,7 @@ def test_dimensionality_of_the_plateaus():
     D = {name: dimensionality(named_polytopes(n)[name])[-1, 0].item() for name, n in closed_forms}
     plateaus = {"digon": 1/2, "triangle": 2/3, "tetrahedron": 3/4, "pentagon": 2/5,
                 "square antiprism": 3/8, "square pyramid": 3/5}
-    assert ({name: pytest.approx(value) for name, value in plateaus.items()}
-            == {name: D[name] for name in plateaus})
+    assert {name: D[name] for name in plateaus} == pytest.approx(plateaus)
 
 @pytest.mark.parametrize("n", range(3, 11))
 def test_families(n):
@@ -221,9 +219,8 @@ def test_half_the_tolerance_is_forgiven(which, seed):
     if n == 1: assert polytope(shape*(seed + 1)) == "single"
     else: assert polytope(turned(disturbed(shape, .05, seed), seed)) == name
 
-@pytest.mark.parametrize("n,name",
-                         sorted({(n, name) for n, name, _ in everything if 4 < n < 13
-                                 and name != "square antiprism"}))
+@pytest.mark.parametrize("n,name", sorted({(n, name) for n, name, _ in everything
+                                           if 4 < n < 13 and name != "square antiprism"}))
 def test_far_more_than_the_tolerance_is_other(n, name):
     shape = shape_of(n, name, 0)
     noisy = disturbed(shape, .2, 0)
@@ -267,10 +264,10 @@ def test_the_bound_rejects_nothing_within_reach(n, seed):
 def test_rank_is_the_cheapest_truncation(m, n, seed, tolerance):
     W = random(seed, m, n)*torch.logspace(0, -2, m, dtype=torch.float64)[:, None]
     U, s, V = torch.linalg.svd(W, full_matrices=False)
-    lost = ([(gram(W) - gram(torch.diag(s[:k]) @ V[:k])).norm()/gram(W).norm()
-             for k in range(len(s))] + [0])
-    assert (approximate_rank(W, tolerance) == next(k for k, part in enumerate(lost)
-                                                   if part <= tolerance))
+    lost = [(gram(W) - gram(torch.diag(s[:k]) @ V[:k])).norm()/gram(W).norm()
+            for k in range(len(s))] + [0]
+    fewest = next(k for k, part in enumerate(lost) if part <= tolerance)
+    assert approximate_rank(W, tolerance) == fewest
 
 def test_a_model_of_many_shapes():
     parts = [(2, "digon"), (3, "triangle"), (4, "tetrahedron"), (5, "pentagon"),

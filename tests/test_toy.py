@@ -1,6 +1,7 @@
-"Toy models against the plain loop, against themselves in other company, and with values nobody should ask for."
+"Toy models against the plain loop, themselves in other company, and values nobody should give."
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,7 +128,8 @@ def test_snapshots_do_not_change_the_course():
 def test_loss_by_hand():
     toy = Toy(torch.tensor([[[[1., -1.]]]]), torch.tensor([[[0., .5]]]))
     x = torch.tensor([[[[1., 0.], [0., 2.]]]])
-    # x = (1, 0): h = 1, x' = ReLU(1, -0.5) = (1, 0); x = (0, 2): h = -2, x' = ReLU(-2, 2.5) = (0, 2.5)
+    # x = (1, 0): h = 1, x' = ReLU(1, -0.5) = (1, 0)
+    # x = (0, 2): h = -2, x' = ReLU(-2, 2.5) = (0, 2.5)
     assert loss(toy, x, torch.tensor([[1., 4.]])).item() == pytest.approx(4*.25/2)
 
 
@@ -168,11 +170,10 @@ def test_best_picks_the_smallest_loss():
 @given(n=st.integers(2, 6), signed=st.booleans(), data=st.data())
 def test_densities_and_groups(n, signed, data):
     density = data.draw(st.lists(st.floats(.05, .45), min_size=n, max_size=n))
-    order = data.draw(st.permutations(range(n)))
+    order, seed = data.draw(st.permutations(range(n))), data.draw(st.integers(0, 10**6))
     density[order[1]] = min(density[order[1]], 1 - density[order[0]])
-    x = Features(n, density=density, signed=signed,
-                 anticorrelated=[order[:2]]).sample(20_000,
-                                                    seeds=(data.draw(st.integers(0, 10**6)),))[0, 0]
+    features = Features(n, density=density, signed=signed, anticorrelated=[order[:2]])
+    x = features.sample(20_000, seeds=(seed,))[0, 0]
     active = x != 0
     assert not (active[:, order[0]] & active[:, order[1]]).any()
     assert (active.double().mean(0) - torch.tensor(density)).abs().max() < 6*(.25/20_000)**.5
@@ -191,7 +192,8 @@ def test_it_works_without_numba():
 import sys, importlib.abc
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('numba', 'hdbscan', 'lucent'): raise ModuleNotFoundError(name, name=name)
+        if name.split('.')[0] in ('numba', 'hdbscan', 'lucent'):
+            raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Missing())
 import superpos.toy as toy
 toy.importlib.util.find_spec = lambda name: None
@@ -207,6 +209,57 @@ def test_a_damaged_or_foreign_file_is_not_a_model(tmp_path, file):
     (tmp_path/"some.safetensors").write_bytes(file)
     with pytest.raises(ValueError, match="some.safetensors is not the file of a toy model"):
         Toy.load(tmp_path/"some.safetensors")
+
+
+def test_memory_is_asked_for_before_it_is_taken(monkeypatch):
+    from superpos import toy
+    def taken(*given): raise AssertionError("models were made before memory was asked for")
+    monkeypatch.setattr(toy, "untrained_toy", taken)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    with pytest.raises(MemoryError, match="1,000 models need .* train at most"):
+        train(Features(20), 10, seeds=range(1000))
+
+
+two = Features(2, density=[[.1], [.2]])
+@pytest.mark.parametrize("call,words", [
+    (lambda: train(two, 1, seeds=3), "seeds must be a list of whole numbers, .* got 3"),
+    (lambda: train(two, 1, seeds="ab"), "seeds must be a list of whole numbers, .* got 'ab'"),
+    (lambda: train(two, 1, seeds=(1.7,)), "whole numbers, .* none below 0, got 1.7"),
+    (lambda: train(two, 1, seeds=(-1,)), "whole numbers, .* none below 0, got -1"),
+    (lambda: two.sample(5, seeds=(0, -3)), "whole numbers, .* none below 0, got -3"),
+    (lambda: two.sample(0), "batch must be a whole number, at least 1, got 0"),
+    (lambda: Features(2, density="a"), "density must be a number or a tensor of them, got 'a'"),
+    (lambda: Features(2, importance="a"), "importance must be a number or a tensor of them"),
+    (lambda: Features(2.5), "n must be a whole number, at least 1, got 2.5"),
+    (lambda: Features(3, exactly=1.), "exactly must be a whole number, at least 1, got 1.0"),
+    (lambda: train(two, 1, device="abacus"), "no device 'abacus' here"),
+    (lambda: train(two, 1, device="mps:7"), "no device 'mps:7' here"),
+    (lambda: two.sample(5, device="abacus"), "no device 'abacus' here"),
+    (lambda: expected_loss(untrained_toy(two, 1), two, batch=0), "batch must be .* got 0"),
+    (lambda: train(two, 1, steps=1, perturb=lambda toy, x: x[..., :1]),
+     r"perturb must .* the shape it was given, \(2, 1, 1024, 2\), got \(2, 1, 1024, 1\)"),
+    (lambda: train(two, 1, steps=1, perturb=lambda toy, x: None), "perturb must return .* None"),
+    (lambda: train(two, "1"), "m must be a whole number, at least 1, got '1'")])
+def test_refused_in_one_sentence(call, words):
+    with pytest.raises(ValueError, match=words) as error: call()
+    assert "\n" not in str(error.value)
+
+
+def test_there_are_as_many_instances_as_there_are():
+    for which in (2, 5, -3):
+        with pytest.raises(IndexError, match=f"no instance {which}; there are 2"): two[which]
+    assert [f.density[0, 0].item() for f in two] == pytest.approx([.1, .2])
+    assert torch.equal(two[-1].density, two[np.int64(1)].density)
+    assert torch.equal(two[[1, 0]].density, two.density.flip(0))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    one, other = (train(Features(number(3), exactly=number(1)), number(2), steps=number(4),
+                        batch=number(8), seeds=(number(5),), quiet=True)
+                  for number in (int, np.int64))
+    assert torch.equal(one.toy.W, other.toy.W)
+    assert torch.equal(expected_loss(one.toy, Features(3), batch=np.int32(9)),
+                       expected_loss(one.toy, Features(3), batch=9))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,4 +1,4 @@
-"Training toy models: the fused step against the plain loop, turn by turn, one thread; and whether both end at the same losses."
+"Training toy models: the fused step against the plain loop, turn by turn, one thread; losses."
 import statistics
 import time
 
@@ -38,9 +38,10 @@ def test_training(benchmark, n, m, models, plain_steps):
     finally: torch.set_num_threads(threads)
     seconds = {name: statistics.median(s[1:]) for name, s in seconds.items()}
     for name, s in seconds.items():
-        benchmark.extra_info[
-            name] = f"{s*1e3:.3f} ms per step of {models} models, {seconds['plain loop']/s:.1f} times 'plain loop'"
-        print(f"\n  n={n} m={m}, {name}: {benchmark.extra_info[name]}", end="")
+        text = (f"{s*1e3:.3f} ms per step of {models} models, {seconds['plain loop']/s:.1f} times "
+                "'plain loop'")
+        benchmark.extra_info[name] = text
+        print(f"\n  n={n} m={m}, {name}: {text}", end="")
 
 
 def test_equal_final_losses(benchmark):

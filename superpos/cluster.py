@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hdbscan_groups', 'GroupTest', 'test_groups', 'Groups', 'check_level', 'find_groups', 'benjamini_hochberg',
-           'exemplars', 'enriched_classes', 'attributions']
+           'exemplars', 'enriched_classes', 'contributions', 'attributions', 'layer_input']
 
 # %% ../nbs/22_cluster.ipynb #005b5a7d
 import dataclasses
@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 # %% ../nbs/22_cluster.ipynb #cb91d34c
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import stats
+from torch import nn
 
 from .core import progress
 from .model import Unit, check_evaluation, check_unit, find_layer, imagenet_input
@@ -104,6 +106,7 @@ def test_groups(
     boots: int = 20,  # bootstrap samples for the stability
     dims: int = 10,  # principal components to look at
     seed: int = 0,  # of the simulation
+    enough: int | None = None,  # stop after so many simulated dips as large as the observed one
 ) -> GroupTest:
     "Test for more than one group: dip along the best cut, against normal clouds of the same covariance."
     from sklearn.metrics import adjusted_rand_score
@@ -111,16 +114,26 @@ def test_groups(
     Z = _principal(vectors, dims)
     (dip,), (side,) = _dips(Z[None])
     labels = (side ^ (side.mean() > .5)).astype(int)
-    null = np.concatenate([_dips(_principal(_one_cloud(vectors, min(50, nulls - done), rng),
-                                            dims))[0] for done in range(0, nulls, 50)])
+    null = _simulated(vectors, dip, nulls, dims, rng, enough)
     resampled = rng.integers(0, len(Z), (boots, len(Z)))
     cuts = _two_means(Z[resampled])[0]
     stability = (float(np.mean([adjusted_rand_score(labels[i], cut)
                                 for i, cut in zip(resampled, cuts)])) if boots else np.nan)
     between = sum((labels == g).sum()*(vectors[labels == g].mean(0) - vectors.mean(0))**2
                   for g in (0, 1)).sum()
-    return GroupTest((1 + (null >= dip).sum())/(nulls + 1), float(dip), null, labels, stability,
+    above = int((null >= dip).sum())
+    p = above/len(null) if enough and above >= enough else (1 + above)/(nulls + 1)
+    return GroupTest(p, float(dip), null, labels, stability,
                      float(between/((vectors - vectors.mean(0))**2).sum()))
+
+def _simulated(vectors: np.ndarray, dip: float, nulls: int, dims: int, rng: np.random.Generator,
+               enough: int | None) -> np.ndarray:
+    "Dips of single groups, up to the one that is enough."
+    null, full = np.zeros(0), lambda: enough and (null >= dip).sum() >= enough
+    while len(null) < nulls and not full():
+        clouds = _one_cloud(vectors, min(50, nulls - len(null)), rng)
+        null = np.concatenate([null, _dips(_principal(clouds, dims))[0]])
+    return null[:np.flatnonzero(null >= dip)[enough - 1] + 1] if full() else null
 
 # %% ../nbs/22_cluster.ipynb #b70c0dfc
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,16 +169,18 @@ def find_groups(
     least: int = 8,  # images in a group at least; smaller parts are not cut off
     nulls: int = 199,  # as for `test_groups`
     seed: int = 0,  # as for `test_groups`
+    enough: int | None = None,  # as for `test_groups`
 ) -> Groups:
     "Cut in two for as long as the test says so."
     check_level(level, nulls)
     vectors = _checked(vectors)
-    first = test_groups(vectors, nulls, seed=seed)
+    first = test_groups(vectors, nulls, seed=seed, enough=enough)
     def parts(at: np.ndarray, t: GroupTest, level: float) -> list[np.ndarray]:
         if t.p > level or np.bincount(t.labels, minlength=2).min() < least: return [at]
-        return [part for g in (0, 1)
-                for part in parts(at[t.labels == g], _or_one(vectors[at[t.labels == g]], nulls,
-                                                             seed, 2*least), level/2)]
+        sides = [at[t.labels == g] for g in (0, 1)]
+        return [part for side in sides
+                for part in parts(side, _or_one(vectors[side], nulls, seed, 2*least, enough),
+                                  level/2)]
     found = sorted(parts(np.arange(len(vectors)), first, level), key=len, reverse=True)
     labels = np.empty(len(vectors), int)
     for g, at in enumerate(found): labels[at] = g
@@ -173,11 +188,12 @@ def find_groups(
     between = sum(len(at)*(centred[at].mean(0)**2).sum() for at in found)/(centred**2).sum()
     return Groups(labels, first.p, first.stability, float(between))
 
-def _or_one(vectors: np.ndarray, nulls: int, seed: int, least: int) -> GroupTest:
+def _or_one(vectors: np.ndarray, nulls: int, seed: int, least: int,
+            enough: int | None) -> GroupTest:
     "The test, or a single group where there are too few points, or all alike, to tell."
     if len(vectors) < least or not vectors.std(0).any():
         return GroupTest(1., 0., np.zeros(0), np.zeros(len(vectors), int), np.nan, 0.)
-    return test_groups(vectors, nulls, boots=0, seed=seed)
+    return test_groups(vectors, nulls, boots=0, seed=seed, enough=enough)
 
 def benjamini_hochberg(
     ps: Sequence[float],  # p-values, one for each unit of a layer
@@ -221,6 +237,63 @@ def enriched_classes(
                                                                    ignore_index=True)
 
 # %% ../nbs/22_cluster.ipynb #fedf9206
+def contributions(
+    module: nn.Module,  # a layer that is linear in its input
+    below: torch.Tensor,  # what it is given, (N, channels, ...)
+    values: torch.Tensor,  # what it makes of it, (N, units, ...)
+    units: torch.Tensor,  # (N,) which unit, for each input
+    places: torch.Tensor,  # (N,) where in the unit's map, row by row; 0 where there is no map
+) -> torch.Tensor:  # (N, channels), on the CPU
+    "What each channel below contributes to a unit's value; with the bias, they add up to it."
+    units, places = units.to(below.device), places.to(below.device)
+    parts = (_window_parts if _is_plain(module) else _gradient_parts)(module, below, units, places)
+    picked = values.flatten(2) if values.ndim > 2 else values[..., None]
+    exact = picked[torch.arange(len(below), device=below.device), units, places]
+    if len(bad := (~(parts.isfinite().all(1) & exact.isfinite())).nonzero().ravel()):
+        raise ValueError(f"{len(bad)} of {len(parts)} images, such as number {bad[0].item()}, give "
+                         f"unit {units[bad[0]].item()} attributions that are not finite; look for "
+                         "NaN in the weights or in `prepare`")
+    with torch.no_grad(): silent = module.forward(torch.zeros_like(below[:1]))
+    bias = (silent.flatten(2) if silent.ndim > 2 else silent[..., None])[0, units, places]
+    gap = (parts.sum(1) + bias - exact).abs()
+    if len(bad := (gap > 1e-3*(parts.abs().sum(1) + bias.abs() + 1e-6)).nonzero().ravel()):
+        i = bad[0].item()
+        raise ValueError(f"the attributions and the bias of unit {units[i].item()} add up to "
+                         f"{(parts[i].sum() + bias[i]).item():.4g} where its value is "
+                         f"{exact[i].item():.4g}: {type(module).__name__} is not linear in its "
+                         "input; compare by values")
+    return parts.float().cpu()
+
+def _is_plain(module: nn.Module) -> bool:
+    return (type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str))
+
+@torch.no_grad()
+def _window_parts(conv: nn.Conv2d, below: torch.Tensor, units: torch.Tensor,
+                  places: torch.Tensor) -> torch.Tensor:
+    "The products of a convolution's windows with its weights."
+    (p, q), (stride, stride_x), (d, e) = conv.padding, conv.stride, conv.dilation
+    padded, (kernel, kernel_x) = F.pad(below, (q, q, p, p)), conv.kernel_size
+    columns = (padded.shape[3] - e*(kernel_x - 1) - 1)//stride_x + 1
+    tops, lefts = places//columns*stride, places % columns*stride_x
+    high, wide = d*(kernel - 1) + 1, e*(kernel_x - 1) + 1
+    windows = torch.stack([image[:, top:top + high:d, left:left + wide:e]
+                           for image, top, left in zip(padded, tops.tolist(), lefts.tolist())])
+    return (windows*conv.weight[units]).sum((2, 3))
+
+def _gradient_parts(module: nn.Module, below: torch.Tensor, units: torch.Tensor,
+                    places: torch.Tensor) -> torch.Tensor:
+    "Input times gradient."
+    with torch.enable_grad():
+        below = below.detach().requires_grad_()
+        values = module.forward(below)
+        values = values.flatten(2) if values.ndim > 2 else values[..., None]
+        picked = values[torch.arange(len(below), device=below.device), units, places]
+        gradient, = torch.autograd.grad(picked.sum(), below)
+    parts = (gradient*below).detach()
+    return parts.flatten(2).sum(2) if parts.ndim > 2 else parts
+
+# %% ../nbs/22_cluster.ipynb #b33b551e
 def attributions(
     model: torch.nn.Module,  # in evaluation mode
     unit: Unit | str,  # of a convolution or a linear layer, such as `features.10:9`
@@ -229,34 +302,32 @@ def attributions(
     at: str = "centre",  # "centre" or "maximum" of the unit's map
     batch: int = 64,  # images at a time
 ) -> np.ndarray:  # (N, channels of the layer below)
-    "What each channel of the layer below contributes to a unit: input times gradient, summed over positions (Dreyer et al. 2024, section 3)."
+    "What each channel of the layer below contributes to a unit (Dreyer et al. 2024, section 3)."
     check_evaluation(model)
     unit = check_unit(model, unit)
-    module, taken = find_layer(model, unit.layer), []
     if at not in ("centre", "maximum"): raise ValueError(f"at is 'centre' or 'maximum', got {at!r}")
-    handle = module.register_forward_pre_hook(lambda _, inputs: taken.append(
-        inputs[0].detach().clone()))
-    rows = []
-    try:
-        for first in progress(range(0, len(images), batch), f"attributions of {unit}"):
-            x = prepare(
-                torch.stack([images[i] for i in range(first, min(first + batch, len(images)))]).to(
-                    next(model.parameters()).device))
-            with torch.no_grad(): layer_outputs(model, [unit.layer], x)
-            rows.append(_contributions(module, taken.pop(), unit.index, at))
-    finally: handle.remove()
-    if len(bad := np.flatnonzero(~np.isfinite(X := np.concatenate(rows)).all(1))):
-        raise ValueError(f"{len(bad)} of {len(X)} images, such as number {bad[0]}, give {unit} "
-                         "attributions that are not finite; look for NaN in the weights or in "
-                         "`prepare`")
-    return X
+    module, device, rows = find_layer(model, unit.layer), next(model.parameters()).device, []
+    for first in progress(range(0, len(images), batch), f"attributions of {unit}"):
+        x = torch.stack([images[i] for i in range(first, min(first + batch, len(images)))])
+        below, values = layer_input(model, unit.layer, prepare(x.to(device)))
+        maps = values[:, unit.index].reshape(len(x), -1)
+        height, width = (*values.shape[2:], 1, 1)[:2]
+        places = (maps.argmax(1) if at == "maximum"
+                  else torch.full((len(x),), height//2*width + width//2))
+        rows.append(contributions(module, below, values, torch.full((len(x),), unit.index),
+                                  places.cpu()))
+    return torch.cat(rows).numpy()
 
-def _contributions(module: torch.nn.Module, below: torch.Tensor, index: int, at: str) -> np.ndarray:
-    below.requires_grad_()
-    values = module.forward(below)[:, index]
-    if values.ndim == 3:
-        values = (values.amax((1, 2)) if at == "maximum"
-                  else values[:, values.shape[1]//2, values.shape[2]//2])
-    gradient, = torch.autograd.grad(values.sum(), below)
-    parts = (gradient*below).detach().cpu().numpy()
-    return parts if parts.ndim == 2 else parts.sum((2, 3))
+@torch.no_grad()
+def layer_input(
+    model: nn.Module,  # in evaluation mode
+    layer: str,  # a convolution or a linear layer
+    x: torch.Tensor,  # images as the network takes them, (N, 3, H, W)
+) -> tuple[torch.Tensor, torch.Tensor]:  # (N, channels, ...) and (N, units, ...)
+    "What a layer is given, and what it makes of it."
+    taken = []
+    handle = find_layer(model, layer).register_forward_pre_hook(
+        lambda _, inputs: taken.append(inputs[0].detach().clone()))
+    try: values = layer_outputs(model, [layer], x)[layer]
+    finally: handle.remove()
+    return taken[-1], values

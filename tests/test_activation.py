@@ -188,9 +188,11 @@ torch.manual_seed(0)
 net = SmallAlexNet(width=4).eval()
 pixels = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 class Deadly:
+    reads = 0
     def __len__(self): return 40
     def __getitem__(self, i):
-        if i == 30 and len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)
+        self.reads += 1
+        if self.reads > 70 and len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)
         return pixels[i]
 found = survey(net, "features.6", Deadly(), k=7, sample=9, batch=4, resume="{tmp_path}/s.safetensors", every=0)
 found.save("{tmp_path}/final.safetensors")

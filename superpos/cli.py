@@ -1011,12 +1011,9 @@ def do_label(
     """
     from superpos.core import atomic_write, encode
     from superpos.learn import Plan, experiment
-    out, settings = Path(out), dataclasses.asdict(plan)
-    asked = dict(images=_full(images), test=_full(test), size=size, **settings)
-    _check_folder(out, asked)
-    plan, (pool, held_out) = Plan(**settings), _pool(images, test, size, plan.seed)
+    out, plan = Path(out), Plan(**dataclasses.asdict(plan))
+    pool, held_out = _pool(images, test, size, plan.seed)
     (out/"state").mkdir(parents=True, exist_ok=True)
-    with atomic_write(out/"call.json") as p: p.write_text(json.dumps(asked, indent=1))
     found = experiment(plan, pool, held_out, folder=out/"state", every=10)
     with atomic_write(out/"record.json") as p: p.write_text(json.dumps(encode(found.as_dict())))
     table, sections = _loops(found, pool)
@@ -1024,19 +1021,12 @@ def do_label(
     lead = (f"With {table.labelled.iloc[-1]:,} labels chosen by {plan.strategy}, accuracy is "
             f"{table.accuracy.iloc[-1]:.1%} on {len(held_out):,} images. One seed says little "
             "about a strategy: compare several.")
-    page = report(out, "Training with few labels", lead, sections, made_with(**asked))
+    page = report(out, "Training with few labels", lead, sections,
+                  made_with(images=images, test=test, size=size, **dataclasses.asdict(plan)))
     return dict(images=len(pool), test=len(held_out), strategy=plan.strategy,
                 protocol=plan.protocol, report=page, table=table)
 
 # %% ../nbs/60_cli.ipynb #4f81b7d0
-def _check_folder(out: Path, asked: dict) -> None:
-    "Raise `ValueError` if another run was begun in the folder."
-    before = json.loads((out/"call.json").read_text()) if (out/"call.json").exists() else {}
-    if other := [k for k in asked if before.get(k, asked[k]) != asked[k]]:
-        k = other[0]
-        raise ValueError(f"--out {out} holds another run: its {k} is {before[k]}, asked for is "
-                         f"{asked[k]}; give another folder")
-
 def _pool(images: str, test: str, size: int, seed: int) -> tuple:
     "Images to learn from, and images to measure on."
     import numpy as np
@@ -1153,20 +1143,11 @@ def _root() -> Path | None:
     return next((root for root in (here, *here.parents) if (root/"settings.ini").exists()
                  and (root/"nbs").is_dir()), None)
 
-def _cache() -> Path:
-    "`core.cache_dir()`, which need not be there, and may not be writable."
-    from platformdirs import user_cache_dir
-    return Path(os.environ.get("SUPERPOS_CACHE") or user_cache_dir("superpos")).expanduser()
-
-def _results() -> Path:
-    "`core.results_dir()`, which need not be there."
-    if named := os.environ.get("SUPERPOS_RESULTS"): return Path(named).expanduser()
-    return root/"nbs"/"results" if (root := _root()) else _cache()/"results"
-
 def _saved() -> list[dict]:
     "All saved results, without their values, and the pages that compute them."
+    from superpos.core import results_dir
     found, pages = [], _pages()
-    for path in sorted(_results().glob("*.json")):
+    for path in sorted(results_dir().glob("*.json")):
         try:
             saved = json.loads(path.read_text())
             found.append(dict(file=path.name, page=_page_of(saved["name"], pages),
@@ -1197,7 +1178,8 @@ def _page_of(study: str, pages: Mapping[str, dict]) -> str:
 
 def _mark(page: str) -> Path:
     "The file that is there while a page is computed, and stays if it is interrupted."
-    return _cache()/"studies"/f"{page}.unfinished"
+    from superpos.core import cache_dir
+    return cache_dir()/"studies"/f"{page}.unfinished"
 
 def _unfinished() -> list[str]:
     "Pages that were interrupted."
@@ -1212,10 +1194,11 @@ def do_studies_list() -> dict:  # counts, and a row for each result
         superpos studies list
         superpos studies list --json
     """
+    from superpos.core import results_dir
     saved = _saved()
     if not saved:
-        raise ValueError(f"there are no saved results in {_results()}; work inside a copy of the "
-                         "project, or let SUPERPOS_RESULTS name their folder")
+        raise ValueError(f"there are no saved results in {results_dir()}; work inside a copy of "
+                         "the project, or let SUPERPOS_RESULTS name their folder")
     short = lambda v: f"[{len(v)} values]" if isinstance(v, (list, dict)) and len(v) > 3 else str(v)
     words = lambda params: ", ".join(f"{k}={short(v)}" for k, v in params.items())[:60]
     rows = [dict(study=s["name"], page=s["page"], params=words(s["params"]),
@@ -1227,7 +1210,6 @@ def do_studies_list() -> dict:  # counts, and a row for each result
 # %% ../nbs/60_cli.ipynb #523ea49f
 def do_studies_show(
     study: str,  # name of a study, or of a page
-    /,
 ) -> dict:  # for each file of results: study, page, parameters and provenance
     """Where a study's results come from: parameters, versions, device, seconds, date.
 
@@ -1252,7 +1234,6 @@ def _nearest(study: str, names) -> str:
 # %% ../nbs/60_cli.ipynb #ead91d2e
 def do_studies_run(
     study: str,  # name of a study, or of a page
-    /,
 ) -> dict:  # the page, and which results changed
     """Compute a study anew: run the slow cells of its page.
 
@@ -1288,12 +1269,13 @@ def do_studies_resume() -> dict:  # how many pages were finished, and which
 # %% ../nbs/60_cli.ipynb #6ed40b9f
 def _run_page(page: str) -> dict:
     "Run a copy of a page; which results changed."
-    root, mark, state = _root(), _mark(page), lambda: {p.name: p.stat().st_mtime_ns
-                                                       for p in _results().glob("*.json")}
-    before, copy = state(), root/"nbs"/f".{page}.running.ipynb"
+    from superpos.core import results_dir
+    state = lambda: {p.name: p.stat().st_mtime_ns for p in results_dir().glob("*.json")}
+    before, mark, nbs = state(), _mark(page), _root()/"nbs"
+    copy = nbs/f".{page}.running.ipynb"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    shutil.copyfile(root/"nbs"/f"{page}.ipynb", copy)
+    shutil.copyfile(nbs/f"{page}.ipynb", copy)
     try: code, said = _run_copy(copy)
     finally: copy.unlink(missing_ok=True)
     if code:
@@ -1332,8 +1314,9 @@ _sets = {  # name: the folders it may be in, and how to get it
 
 def _homes() -> list[Path]:
     "The folders where data is looked for."
+    from superpos.core import cache_dir
     named = os.environ.get("SUPERPOS_DATA")
-    return [Path(p).expanduser() for p in (named, _cache()/"data") if p]
+    return [Path(p).expanduser() for p in (named, cache_dir()/"data") if p]
 
 def _where() -> dict[str, Path | None]:
     "Where each set is, as `data.find_data` would find it."
@@ -1357,7 +1340,7 @@ def do_data_list() -> dict:  # counts, and a row for each set
 # %% ../nbs/60_cli.ipynb #c09b3e75
 def do_data_fetch(
     name: str,  # cifar10 or tiny_imagenet
-    /, *,
+    *,
     root: str = "",  # folder to put it into; SUPERPOS_DATA or the cache if nothing is said
 ) -> dict:  # the name of the set and its folder
     """Download, check and unpack a set of images.
@@ -1447,10 +1430,11 @@ def do_info() -> dict:  # versions, machine, places, data, and a row for each pa
         superpos info
         superpos info --json
     """
+    from superpos.core import cache_dir, results_dir
     here, machine = _where(), _machine()
     places = dict(project=str(_root() or "not inside a copy of the project, which `superpos "
                               "studies` needs"),
-                  cache=str(_cache()), results=str(_results()),
+                  cache=str(cache_dir()), results=str(results_dir()),
                   data=os.environ.get("SUPERPOS_DATA", "SUPERPOS_DATA is not set"))
     rows = [_runs(name, page, here, machine["device"])
             for name, page in _pages().items() if page["slow"] or page["gpu"]]

@@ -37,7 +37,7 @@ def digits(
     v: float,  # any number
 ) -> str:
     "Three digits, or all before the point if there are more."
-    return "0" if abs(v) < 1e-12 else f"{v:.3g}" if abs(v) < 1000 else f"{v:,.0f}"
+    return "0" if abs(v) < 1e-12 else f"{v:.3g}" if abs(v) < 999.5 else f"{v:,.0f}"
 
 def html_table(
     frame,  # a pandas data frame

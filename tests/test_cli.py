@@ -128,17 +128,17 @@ def test_help_teaches_by_example(said, name):
     assert "--json" in options and '[default: ""]' not in out
     for example in examples:                       # every example is understood as it stands
         asked = understood(example[example.index("superpos") + len("superpos"):])
-        assert asked[0] in cli._commands() and asked[3:] == (False, False)
+        assert asked[0] in cli._commands() and asked[3] == ("--json" in example) and not asked[4]
 
 
 @pytest.mark.parametrize("name", cli._commands())
 def test_every_option_is_explained(said, name):
     told = " ".join(re.sub("[│╭╰─╮╯]", " ", said(f"{name} --help")[1]).split())
-    for kind in cli._options(cli._commands()[name]).values():
-        kind, given = kind.__args__[0], kind.__metadata__[-1]
-        more = cli._options(kind).values() if dataclasses.is_dataclass(kind) else ()
-        for option in (k.__metadata__[-1] for k in more) if more else [given]:
-            assert option.help in told
+    for owner in (cli._commands()[name], cli.Sources, cli.Training):
+        own = owner in (cli._commands()[name], *cli._commands()[name].__annotations__.values())
+        for option in cli._options(owner).values() if own else ():
+            given = option.__metadata__[-1]
+            assert given.name == ("*",) or given.help in told
 
 
 def test_help_names_what_there_is_to_choose_from(said):
@@ -167,7 +167,7 @@ def test_the_shell_completes_options_and_choices():
     ("dissect --layer 4", "--model"), ("dissect --modle a", "--model instead of --modle"),
     ("dissect --model a --layer b --images c --colour red", "--colour"),
     ("dissect --model a --layer b --images c --unts 3", "Did you mean --units?"),
-    ("circuit", "--unit"), ("toy --n many", '"many"'), ("studies show", "STUDY"),
+    ("circuit", "--unit"), ("toy --n many", '"many"'), ("studies show", "--study"),
     ("label", "--images"), ("dissect --model a --layer b --images c --size -4", '"-4" for --size'),
     ("dissect --model a --layer b --images c --workers 0", '"0" for --workers. Must be >= 1'),
     ("dissect --model a --layer b --images c --seed -1", '"-1" for --seed. Must be >= 0'),
@@ -375,12 +375,10 @@ def test_batches_are_of_the_asked_size(said, monkeypatch):
 def test_one_channel(said, place):
     "A network of one channel, by a function that makes one channel of three."
     line = "--model tiny:grey --prepare tiny:brightness"
-    code, out, err = said(f"dissect {line} --layer 2 --images photos --k 40 --nulls 19 --out one")
-    assert code == 0, err
     line = f"{line} --unit 2:1 --keep 0.5 --steps 5 --controls 1"
     code, out, err = said(f"circuit {line} {folders} --out one-circuit")
     assert code == 0, err
-    assert "grey" not in check_report(place/"one-circuit"/"report.html").text
+    assert check_report(place/"one-circuit"/"report.html").find("img", alt=re.compile("nodes"))
 
 
 def test_a_report_does_not_say_that_there_are_none(said, place):
@@ -466,8 +464,8 @@ def test_label_writes_a_folder_and_goes_on(said, place):
     check_report(place/"labels"/"report.html")
     assert said(line)[1] == out
     code, _, err = said(line.replace("--steps 6", "--steps 7"))
-    assert code == 1 and err == ("superpos label: --out labels holds another run: its steps is 6, "
-                                 "asked for is 7; give another folder\n")
+    assert code == 1 and "holds another run" in err and "steps" in err
+    assert "{" not in err and "strategy" not in err
 
 
 def test_toy_writes_a_folder(said, place):
@@ -554,17 +552,16 @@ def test_a_cache_that_cannot_be_written_is_not_needed(said, project, monkeypatch
     assert code == 0 and not err, err
 
 
-def test_places_are_those_of_the_library(monkeypatch, project, tmp_path):
-    from superpos import core, data
-    (tmp_path/"data"/"weights").mkdir(parents=True)
+def test_sets_are_where_the_library_finds_them(monkeypatch, tmp_path):
+    from superpos import data
     monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path))
-    assert cli._cache() == core.cache_dir() and cli._results() == core.results_dir()
+    (tmp_path/"data"/"weights").mkdir(parents=True)
+    (tmp_path/"data"/"cifar-10-batches-bin").mkdir()
     found = {name: place for name, place in cli._where().items() if place}
-    assert found == dict(weights=data.find_data("weights"))
-    monkeypatch.chdir("/")
-    assert cli._results() == core.results_dir()
-    monkeypatch.setenv("SUPERPOS_RESULTS", str(tmp_path/"r"))
-    assert cli._results() == core.results_dir()
+    assert found == {name: data.find_data(cli._sets[name][0]) for name in ("cifar10", "weights")}
+    monkeypatch.setenv("SUPERPOS_DATA", str(tmp_path/"data"/"there"))
+    (tmp_path/"data"/"there"/"weights").mkdir(parents=True)
+    assert cli._where()["weights"] == data.find_data("weights")
 
 
 @pytest.mark.parametrize("line", ["--help", "label --help", "data list", "circuit --help"])

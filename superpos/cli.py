@@ -326,11 +326,11 @@ def do_dissect(
     size: AtLeast0 = 0,  # scale images and cut out a square of so many pixels; 0: as they are
     prepare: str = "",  # inputs made of bytes: as for imagenet, or plain (0..1), or module:function
     units: str = "",  # which units, such as 0,5,7-9; all if nothing is said
-    at: Literal["centre", "maximum", "mean"] = "centre",  # of a unit's map
-    by: Literal["values", "attributions"] = "values",  # of the layer, or to the channels below
+    at: Literal["centre", "strongest", "maximum", "mean"] = "centre",  # where in a unit's map
+    by: Literal["values", "direction", "attributions"] = "values",  # what images are compared by
     k: AtLeast1 = 100,  # strongest images of each unit, at most
     level: float = .05,  # of the test for more than one group
-    nulls: AtLeast1 = 199,  # simulated single groups for each test
+    nulls: AtLeast1 | None = None,  # simulated single groups for each test; by default enough for q
     seed: AtLeast0 = 0,  # of the simulations
     show: AtLeast0 = 8,  # units with pictures in the report
     batch: AtLeast0 = 0,  # images that go through the network at a time; 0: chosen for you
@@ -379,7 +379,7 @@ def do_dissect(
     several = table[(table.groups > 1) & (table.q <= level)]
     page = report(out, f"{layer}, dissected", _answer(table, several, layer, pictures, level),
                   _dissected(net, found, pictures, table, several, show, at, shape),
-                  made_with(**given, k=k, **how))
+                  made_with(**given, k=k, **how | dict(nulls=found.about["nulls"])))
     return dict(images=len(pictures), skipped=len(pictures.skipped), units=len(table),
                 several_groups=len(several), report=page,
                 table=table[["name", "groups", "score", "q", "share"]])
@@ -397,7 +397,8 @@ def _write_dissection(out: Path, given: dict, found, pictures):
     from superpos.core import atomic_write
     with atomic_write(out/"call.json") as p: p.write_text(json.dumps(given, indent=1))
     found.save(out/"dissection.json")
-    table = found.table.drop(columns=["images", "labels", "values"])
+    lists = found.table.columns.intersection(["images", "labels", "values", "places"])
+    table = found.table.drop(columns=lists)
     table = table.sort_values(["groups", "score"], ascending=False)
     sizes = [" ".join(map(str, s)) for s in table["sizes"]]
     _write_table(out/"units.csv", table.assign(sizes=sizes))
@@ -411,7 +412,7 @@ def _answer(table, several, layer: str, pictures, level: float) -> str:
     "What a dissection found, in two sentences."
     count, rest = len(several), len(table) - len(several)
     test = f"(q ≤ {level:g}, corrected for the number of units)"
-    seen = f"{len(table):,} units of {layer} saw {len(pictures):,} images. "
+    seen = f"{len(table):,} units of '{layer}' saw {len(pictures):,} images. "
     if not count:
         return f"{seen}They are not shown to answer to more than one group of images {test}."
     others = "; the others are not shown to" if rest else ""
@@ -449,7 +450,8 @@ def _dissected(net, found, pictures, table, several, show: int, at: str,
     if at == "centre" and layer in layers(net) and shape[1:] == tuple(pictures[0].shape[1:]):
         see = pathway(net, layer, shape).crop
     sections = {"All units": [
-        _scores(table, several, found.about["level"]), _in_a_table, table[_columns].head(200),
+        _scores(table, several, found.about["level"]), f"{found.summary()}.", _in_a_table,
+        table[_columns].head(200),
         "All rows and columns are in units.csv; the strongest images of each unit, group by group, "
         "in dissection.json."]}
     for unit in [*several.index, *table.index.difference(several.index, sort=False)][:show]:
@@ -819,9 +821,9 @@ def _circuits(task: _Task, masks: list, cards, beside, shared,
                 for own, name in enumerate(task.names[:2])}
     rows = ([part for name in task.names[:2] for part in (f"For {name}:", of(beside, name))]
             if chosen else [])
-    units = (f"The same recipe on {len(chosen)} other units of the layer, with the same images. A "
-             "separation that they reach too says nothing about this unit; p is the share of "
-             "units, this one included, that reach as much." if chosen else
+    units = ("The same recipe on other units of the layer, with the same images. A separation that "
+             "they reach too says nothing about this unit; p is the share of units, this one "
+             "included, that reach as much." if chosen else
              "No control units were asked for, so a separation is no evidence by itself.")
     return {"The images": strips, "How to read the tables": [_explained(task)], **circuits,
             "Control units": [units, *rows],
@@ -1350,10 +1352,6 @@ def do_data_fetch(
         superpos data fetch cifar10
         superpos data fetch tiny_imagenet --root ~/data
     """
-    import tarfile
-    import zipfile
-    import zlib
-
     from superpos.data import archives, fetch
     known = {name: next((f for f in folders if f in archives), None)
              for name, (folders, _) in _sets.items()}
@@ -1364,9 +1362,6 @@ def do_data_fetch(
     home = Path(root).expanduser() if root else _homes()[0]
     url, folder = archives[known[name]][0], home/known[name]
     try: return dict(name=name, place=fetch(known[name], home))
-    except (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as problem:
-        raise ValueError(f"{url.rpartition('/')[2]} is damaged ({problem}); remove it from {home} "
-                         "and fetch it again") from problem
     except OSError as problem:
         raise ConnectionError(f"{name} could not be fetched ({type(problem).__name__}); get {url} "
                               f"by other means and unpack it into {home}, so that {folder} is "

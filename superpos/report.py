@@ -73,6 +73,7 @@ figcaption, footer { color: var(--quiet); font-size: .95rem; max-width: 40rem }
 .table { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th:first-child, td:first-child { min-width: 8rem }
 th { background: var(--tint); vertical-align: bottom; line-height: 1.3 }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .75rem;
   overflow-wrap: anywhere }

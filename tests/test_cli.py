@@ -381,6 +381,17 @@ def test_one_channel(said, place):
     assert check_report(place/"one-circuit"/"report.html").find("img", alt=re.compile("nodes"))
 
 
+def test_units_at_their_strongest_place_by_direction(said, place):
+    line = f"{dissect.replace(' --nulls 19', '')} --at strongest --by direction --units 0,1"
+    code, out, err = said(f"{line} --out strongest --json")
+    assert code == 0 and len(json.loads(out)["table"]) == 2, err
+    assert "places" not in pd.read_csv(place/"strongest"/"units.csv")
+    told = check_report(place/"strongest"/"report.html").text
+    assert "at = strongest" in told and "nulls = 199" in told and "smallest q" in told
+    code, _, err = said("circuit --unit 4:0 --dissection strongest")
+    assert code == 1 and "looks at the strongest of a unit's map" in err
+
+
 def test_a_report_does_not_say_that_there_are_none(said, place):
     line = f"{dissect.replace('--nulls 19', '--nulls 19 --level 0.05')} --units 0,1 --out none"
     assert json.loads(said(f"{line} --json")[1])["several_groups"] == 0
@@ -530,15 +541,15 @@ def test_data(said, tmp_path, monkeypatch, state):
     assert code == 1 and "1 of 1 sets cannot be used: weights" in err and "w.safetensors" in err
 
 
-def test_a_damaged_archive_is_named(said, monkeypatch):
-    from superpos import data
-    for problem in (EOFError("it ended early"), tarfile.ReadError("unexpected end of data")):
-        def fetch(*given, problem=problem): raise problem
-        monkeypatch.setattr(data, "fetch", fetch)
-        code, _, err = said("data fetch cifar10 --root sets")
-        assert code == 1 and err == (
-            f"superpos data fetch: cifar-10-python.tar.gz is damaged ({problem}); remove it from "
-            "sets and fetch it again\n")
+def test_a_truncated_archive_is_named(said, monkeypatch, tmp_path):
+    import pooch
+    archive = tmp_path/"cifar-10-python.tar.gz"
+    (tmp_path/"bytes").write_bytes(os.urandom(10**5))
+    with tarfile.open(archive, "w:gz") as pack: pack.add(tmp_path/"bytes", "cifar-10-batches-py/a")
+    archive.write_bytes(archive.read_bytes()[:50_000])
+    monkeypatch.setattr(pooch, "retrieve", lambda *given, **more: str(archive))
+    code, _, err = said(f"data fetch cifar10 --root {tmp_path}")
+    assert code == 1 and archive.name in err and err.count("\n") == 1 and "--debug" not in err
 
 
 @pytest.mark.parametrize("line", ["data list", "info", "studies list"])

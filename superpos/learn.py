@@ -80,8 +80,8 @@ def _resnet18_3x3(classes: int, weights: str | None) -> nn.Module:
 
 def _resnet8(classes: int, weights: str | None, width: int = 16) -> nn.Module:
     if weights:
-        raise ValueError(
-            f"weights {weights} are for network 'resnet18', the only one that has some")
+        raise ValueError(f"weights {weights} are for network 'resnet18', the only one that has "
+                         "some")
     return ResNet8(classes, width)
 
 # %% ../nbs/41_learn.ipynb #f6a3ebe5
@@ -119,8 +119,8 @@ def logits_and_features(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # logits (N, C) and features (N, d), where the data is
     "What a network says of images, and what its head is given."
     rows, kept, logits = torch.arange(len(data)) if rows is None else rows, [], []
-    handle = linear_head(model).register_forward_pre_hook(lambda module, given: kept.append(
-        given[0].float()))
+    keep = lambda module, given: kept.append(given[0].float())
+    handle = linear_head(model).register_forward_pre_hook(keep)
     try:
         model.eval()
         with _precision(data.device):

@@ -440,13 +440,11 @@ def measures(
     if autoencoders:
         counts = effective_features(torch.as_tensor(features), penalty=penalty,
                                     seeds=range(seed, seed + autoencoders))
-    chosen = np.unique(np.linspace(0, x.shape[1] - 1, min(dissected, x.shape[1])).round().astype(
-        int))
+    chosen = np.unique(np.linspace(0, x.shape[1] - 1, min(dissected, x.shape[1])).round())
     return Measures(
-        *x.shape, len(classes), images.mean, images.sd, images.within, images.between, units.mean,
-        units.sd,
-        silhouette(x, labels, seed=seed), davies_bouldin(x, labels), participation_ratio(x),
-        effective_rank(x),
+        *x.shape, len(classes), images.mean, images.sd, images.within, images.between,
+        units.mean, units.sd, silhouette(x, labels, seed=seed), davies_bouldin(x, labels),
+        participation_ratio(x), effective_rank(x),
         nc.nc1, nc.norms, nc.angles, nc.simplex, nc.nc3, nc.nc4,
         class_dimensionality(x, labels).mean().item(),
         selectivity(x, labels).nanmean().item() if x.min() >= 0 else math.nan,

@@ -203,8 +203,8 @@ def test_badge_measures_gradients():
         loss = torch.nn.functional.cross_entropy(given, given.argmax(-1))
         found.append(torch.autograd.grad(loss, head.weight)[0].ravel())
     gradients = torch.stack(found)
-    error = (pool.probabilities - torch.nn.functional.one_hot(pool.probabilities.argmax(-1),
-                                                              5)).float()
+    said = torch.nn.functional.one_hot(pool.probabilities.argmax(-1), 5)
+    error = (pool.probabilities - said).float()
     assert torch.allclose(acquire._products((error, pool.features), (error, pool.features)),
                           gradients @ gradients.T, atol=1e-5)
 

@@ -75,8 +75,8 @@ def test_crops_are_crops(flip):
         ways = {(i, j, m): padded[:, i:i + 16, j:j + 16].flip(2) if m
                 else padded[:, i:i + 16, j:j + 16] for i in range(7) for j in range(7)
                 for m in (False, True)}
-        places = [place for place, way in ways.items() if torch.allclose(imagenet_input(way), x,
-                                                                         atol=1e-5)]
+        places = [place for place, way in ways.items()
+                  if torch.allclose(imagenet_input(way), x, atol=1e-5)]
         assert places, "no crop of the image"
         if len(places) == 1: seen.add(places[0])
     assert {i for i, _, _ in seen} == {j for _, j, _ in seen} == set(range(7))
@@ -140,9 +140,8 @@ def test_calibration_error_by_its_definition():
     for k in range(15):
         inside = (sure >= k/15) & (sure < (k + 1)/15)
         if inside.any():
-            expected += (inside.sum().item()/500*abs((sure[inside].mean()
-                                                      - (said == labels)[
-                                                          inside].double().mean()).item()))
+            gap = sure[inside].mean() - (said == labels)[inside].double().mean()
+            expected += inside.sum().item()/500*abs(gap.item())
     confidence, accuracy, share = reliability(logits, labels)
     assert np.nansum(share*abs(confidence - accuracy)) == pytest.approx(expected)
     assert share.sum() == pytest.approx(1)

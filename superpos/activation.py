@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import atomic_write, progress
+from .core import progress, save_tensors
 from .field import Field, pathway, receptive_field
 from .model import Unit, check_evaluation, check_unit, find_layer, fingerprint
 
@@ -62,8 +62,10 @@ class _Reader:
 
     def _largest(self, maps: torch.Tensor, size: tuple[int, int]) -> _Read:
         "Each unit's largest value over its map, or over the places whose field lies in the image."
-        if maps.ndim == 2: maps = maps[:, :, None, None]
-        if self.at == "strongest" and self.inside is None:
+        if maps.ndim == 2:
+            self.how = f"whole images are run: '{self.layer}' has no map"
+            maps = maps[:, :, None, None]
+        elif self.at == "strongest" and self.inside is None:
             self.inside, why = _inside(self.model, self.layer, tuple(maps.shape[2:]), size)
             self.how = f"whole images are run: {why}"
         seen = maps if self.inside is None else maps.masked_fill(~self.inside.to(maps.device),
@@ -245,12 +247,9 @@ class Survey:
         path: str | Path,  # of a safetensors file
     ) -> None:
         "Write everything to one file."
-        from safetensors.torch import save_file
         rest = {f.name: v for f in dataclasses.fields(self)
                 if not isinstance(v := getattr(self, f.name), torch.Tensor)}
-        with atomic_write(path) as temporary:
-            save_file({k: t.contiguous() for k, t in self._tensors().items()}, temporary,
-                      dict(survey=json.dumps(rest)))
+        save_tensors(path, self._tensors(), dict(survey=json.dumps(rest)))
 
     @classmethod
     def load(cls,

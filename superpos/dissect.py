@@ -21,7 +21,7 @@ from torch import nn
 
 from .activation import Survey, survey
 from .cluster import Groups, benjamini_hochberg, check_level, contributions, find_groups
-from .core import atomic_write, decode, encode, progress, provenance
+from .core import atomic_write, decode, encode, naming, progress, provenance
 from .model import Unit, check_evaluation, find_layer, imagenet_input, layer_outputs
 
 # %% ../nbs/24_dissect.ipynb #7b7114a7
@@ -232,11 +232,9 @@ def _written(rows: Iterator[dict], path: Path | None, asked: dict,
     if not path: return (yield from rows)
     with atomic_write(path) as fresh:
         fresh.write_text("".join(json.dumps(line) + "\n" for line in [asked, *before.values()]))
-    with path.open("a") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            yield row
+    for row in rows:
+        with naming(path), path.open("a") as file: file.write(json.dumps(row) + "\n")
+        yield row
 
 # %% ../nbs/24_dissect.ipynb #33c43898
 def dissect(

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from scipy import stats
 
-from superpos.activation import Survey, record, strongest_patches, survey
+from superpos.activation import (
+    Survey,
+    _batch_size,
+    _Reader,
+    cut_patches,
+    record,
+    strongest_patches,
+    survey,
+)
 from superpos.field import pathway, receptive_field
 from superpos.model import ResNet8, SmallAlexNet, fingerprint, imagenet_input, layer_outputs
 
@@ -152,6 +160,74 @@ def test_any_layer_and_any_number(kind, layer, at, reduce, when):
     np.testing.assert_allclose(found.sample_values, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer,size,limits", [
+    ("features.6", (64, 70), "inside the image"), ("features.10", (24, 24), "do not fit into 24"),
+    ("classifier", (40, 40), "has no map"), ("features.4", (64, 70), "inside")])
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_the_strongest_place_by_brute_force(layer, size, limits, when):
+    net, images = network(SmallAlexNet), bytes_of(9, *size)
+    found = survey(net, layer, images, at="strongest", when=when, vectors=True, k=4, batch=4)
+    values = layer_outputs(net, [layer], imagenet_input(images), when=when)[layer]
+    maps = values if values.ndim == 4 else values[:, :, None, None]
+    # layers 4 and 6 see 23 pixels or 11; the outermost places of a map overhang the image
+    inside = torch.ones(maps.shape[2:], dtype=torch.bool)
+    if "inside" in limits:
+        field = receptive_field(net, layer)
+        for p in np.ndindex(*inside.shape):
+            inside[p] = field.clipped(p, size) == field.window(p)
+        assert inside.any() and not inside.all()
+    assert limits in found.how
+    assert list(found.map_shape) == list(maps.shape[2:])
+    for unit in range(4):
+        largest = maps[:, unit].masked_fill(~inside, -torch.inf).flatten(1).amax(1)
+        for i, value, place, vector in zip(found.top(unit, 4), found.top_values[unit],
+                                           found.places(unit), found.top_vectors[unit]):
+            assert value == pytest.approx(largest[i].item(), rel=1e-4, abs=1e-6)
+            assert inside[tuple(place)]
+            torch.testing.assert_close(vector, maps[i, :, *place], rtol=1e-4, atol=1e-6)
+            assert vector[unit] == value
+        order = largest.sort(descending=True).values[:4]
+        torch.testing.assert_close(found.top_values[unit], order, rtol=1e-4, atol=1e-6)
+
+
+def test_a_survey_of_places_is_kept_and_says_what_it_has_not(tmp_path):
+    net, images = network(SmallAlexNet), bytes_of(9, 40, 40)
+    ask = dict(at="strongest", k=4, resume=tmp_path/"s.safetensors")
+    found = survey(net, "features.6", images, vectors=True, **ask)
+    again = Survey.load(tmp_path/"s.safetensors")
+    assert found._tensors().keys() == again._tensors().keys()
+    assert all(torch.equal(a, b) for a, b in zip(found._tensors().values(),
+                                                 again._tensors().values()))
+    assert (again.places(1) == found.places(1)).all()
+    with pytest.raises(ValueError, match="vectors = True, asked for is False"):
+        survey(net, "features.6", images, **ask)
+    with pytest.raises(ValueError, match="vectors are kept at 'strongest' or 'maximum'"):
+        survey(net, "features.6", images, vectors=True)
+    with pytest.raises(ValueError, match="a survey at 'centre' keeps no places"):
+        survey(net, "features.6", images, k=4).places(0)
+
+
+def test_patches_are_grey_beyond_the_image():
+    net, image = network(SmallAlexNet), bytes_of(1, 40, 48)[0]
+    field = receptive_field(net, "features.6")
+    patch, = cut_patches(net, "features.6", [image], [(0, 5)])
+    (top, bottom), (left, right) = field.window((0, 5))
+    assert top < 0 and patch.shape[1:] == (field.rows.size, field.columns.size)
+    assert torch.equal(patch[:, -top:], image[:, :bottom, left:right])
+    assert (patch[:, :-top] == patch[0, 0, 0]).all()
+    with pytest.raises(ValueError, match="1 images but 2 places"):
+        cut_patches(net, "features.6", [image], [(0, 5), (1, 5)])
+
+
+def test_batches_are_as_large_as_caches_allow():
+    net = network(SmallAlexNet)
+    for size, batch in ((32, 64), (96, 64), (160, 16), (224, 8), (448, 8)):
+        reader = _Reader(net, "classifier", (3, size, size), "centre", "pre", imagenet_input, False)
+        assert _batch_size(reader, torch.zeros(3, size, size)) == batch
+    assert survey(net, "classifier", bytes_of(3, 40, 40)).asked["batch"] == 64
+    assert survey(net, "classifier", bytes_of(3, 40, 40), batch=5).asked["batch"] == 5
+
+
 class Small(torch.nn.Module):
     "Has memory for three images at a time."
     def __init__(self, error):
@@ -186,7 +262,8 @@ from superpos.activation import survey
 from superpos.model import SmallAlexNet
 torch.manual_seed(0)
 net = SmallAlexNet(width=4).eval()
-pixels = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+pixels = torch.randint(0, 256, (40, 3, 40, 40), dtype=torch.uint8,
+                       generator=torch.Generator().manual_seed(1))
 class Deadly:
     reads = 0
     def __len__(self): return 40
@@ -194,7 +271,8 @@ class Deadly:
         self.reads += 1
         if self.reads > 70 and len(sys.argv) > 1: os.kill(os.getpid(), signal.SIGKILL)
         return pixels[i]
-found = survey(net, "features.6", Deadly(), k=7, sample=9, batch=4, resume="{tmp_path}/s.safetensors", every=0)
+found = survey(net, "features.6", Deadly(), k=7, sample=9, batch=4,
+               resume="{tmp_path}/s.safetensors", every=0)
 found.save("{tmp_path}/final.safetensors")
 """
     run = lambda *arguments: subprocess.run([sys.executable, "-c", script, *arguments],

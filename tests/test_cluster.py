@@ -1,4 +1,4 @@
-"Groups against scikit-learn's k-means, brute force and planted answers; the test against its own null; p-values against scipy."
+"Groups against k-means, brute force and planted answers; the test against its own null."
 import numpy as np
 import pytest
 import torch
@@ -69,6 +69,23 @@ def test_p_values_under_the_null_are_uniform_or_larger():
                      boots=0, seed=s).p for s in range(120)]
     assert stats.binomtest(sum(v <= .05 for v in p), len(p), .05, "greater").pvalue > .01
     assert stats.binomtest(sum(v <= .5 for v in p), len(p), .5, "greater").pvalue > .01
+
+
+def test_a_simulation_that_stops_early_is_as_honest():
+    "Besag and Clifford's p-values are uniform or larger too, and small ones take all simulations."
+    ask = dict(nulls=399, boots=0, enough=4)
+    found = [groups_test(np.random.default_rng(s).normal(size=(60, 5))*[3, 2, 1, 1, 1], seed=s,
+                         **ask) for s in range(120)]
+    for level in (.05, .5):
+        small = sum(t.p <= level for t in found)
+        assert stats.binomtest(small, len(found), level, "greater").pvalue > .01
+    assert np.mean([len(t.null) for t in found]) < 100
+    for t in found[:20]:
+        reached = int((t.null >= t.dip).sum())
+        assert t.p == (4/len(t.null) if reached == 4 else (1 + reached)/400)
+        assert reached < 4 or t.null[-1] >= t.dip
+    sure = groups_test(apart(0, (50, 30), 8.)[0], **ask)
+    assert sure.p == 1/400 and len(sure.null) == 399
 
 
 def test_same_seed_same_answer():

@@ -11,9 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
 
 from superpos import dissect as chapter
+from superpos.activation import survey
 from superpos.cluster import attributions, benjamini_hochberg, find_groups
+from superpos.data import folder
 from superpos.dissect import Dissection, dissect
 from superpos.model import SmallAlexNet
 
@@ -37,7 +41,7 @@ def numbered(n):
 
 
 def mixture(n=120, units=8, seed=0):
-    "Units 0 and 1 answer to two groups of images, unit 2 to one, unit 3 to nothing; the others tell the groups apart."
+    "Units 0 and 1 answer to two groups of images, 2 to one, 3 to none; the others tell them apart."
     rng, member = np.random.default_rng(seed), np.arange(n) % 3
     values = rng.normal(size=(n, units))
     values[:, :2] += 4*(member < 2)[:, None]
@@ -101,6 +105,7 @@ def test_saved_and_reopened(whole, tmp_path):
     again = Dissection.load(tmp_path/"layer.json")
     pd.testing.assert_frame_equal(again.table, whole.table)
     assert again.about == whole.about and again.about["nulls"] == 39 and "seconds" in again.about
+    assert again.summary() == whole.summary()
     for text in ("{", "[]", '{"about": 1}', '{"dissection": 1, "about": {}}'):
         (tmp_path/"bad.json").write_text(text)
         with pytest.raises(ValueError, match="bad.json is not a dissection"):
@@ -108,25 +113,186 @@ def test_saved_and_reopened(whole, tmp_path):
     with pytest.raises(ValueError, match="unit 99 .* was not dissected"): whole.groups(99)
 
 
-@pytest.mark.parametrize("layer", ["features.0", "features.3", "features.10", "classifier"])
+class Standardised(torch.nn.Conv2d):
+    "Standardises its filters where they are used."
+    def forward(self, x):
+        mean, std = (f(self.weight, (1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+        return self._conv_forward(x, (self.weight - mean)/std, self.bias)
+
+
+class Padding(torch.nn.Conv2d):
+    "Pads in its forward pass."
+    def forward(self, x): return super().forward(F.pad(x, (2, 2, 2, 2), value=0))
+
+
+class Rectified(torch.nn.Conv2d):
+    def forward(self, x): return super().forward(x).relu()
+
+
+def small(kind=torch.nn.Conv2d, **settings):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, 2), torch.nn.ReLU(),
+                               kind(6, 4, 3, **settings)).eval().requires_grad_(False)
+
+
+def some_images(n=24, seed=0):
+    return torch.randint(0, 256, (n, 3, 14, 12), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(seed))
+
+
+def by_brute_force(net, unit, image, place):
+    "What each channel below contributes: what is missing from the silent layer without the others."
+    with torch.no_grad():
+        below = net[:2](image[None].float())
+        alone = torch.zeros(below.shape[1] + 1, *below.shape[1:])
+        for c in range(below.shape[1]): alone[c, c] = below[0, c]
+        values = net[2](alone)[(slice(None), unit, *place)]
+    return values[:-1] - values[-1]
+
+
+@pytest.mark.parametrize("at", ["centre", "strongest", "maximum", (1, 2)])
+@pytest.mark.parametrize("kind,settings_of", [
+    (torch.nn.Conv2d, dict(padding=1)), (torch.nn.Conv2d, dict(padding=(2, 1), stride=(1, 2))),
+    (torch.nn.Conv2d, dict(dilation=2, padding=2)), (torch.nn.Conv2d, dict(padding="same")),
+    (torch.nn.Conv2d, dict(groups=2)), (Standardised, {}), (Padding, {}),
+    (torch.nn.Conv2d, dict(padding=2, padding_mode="circular"))])
+def test_attributions_are_exact_for_whatever_is_linear(kind, settings_of, at):
+    net, images, units = small(kind, **settings_of), some_images(), (0, 3)
+    found = survey(net, "2", images, k=16, at=at, prepare=as_floats)
+    vectors = list(chapter._own_vectors(net, "2", images, found, units, "attributions", 2**20,
+                                        as_floats, 5, False))
+    for unit, rows in zip(units, vectors):
+        for i, row in list(zip(found.top(unit, 16), rows))[::5]:
+            map_of = net(images[i][None].float())[0, unit]
+            place = (at if isinstance(at, tuple) else tuple(n//2 for n in map_of.shape)
+                     if at == "centre"
+                     else found.places(unit)[found.top(unit, 16).tolist().index(i)])
+            np.testing.assert_allclose(row, by_brute_force(net, unit, images[i], tuple(place)),
+                                       rtol=1e-3, atol=1e-2)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("layer", ["features.3", "classifier"])
 def test_attributions_are_those_of_one_unit_at_a_time(layer):
     torch.manual_seed(0)
     net = SmallAlexNet(width=4).eval().requires_grad_(False)
-    images = torch.randint(0, 256, (5, 3, 48, 40), dtype=torch.uint8)
-    inputs = chapter._inputs(net, layer, images, as_floats, 2)
-    for unit in (0, 3):
-        np.testing.assert_allclose(chapter._attributions(net, layer, unit, inputs),
-                                   attributions(net, f"{layer}:{unit}", images, prepare=as_floats,
-                                                batch=2), rtol=1e-4, atol=1e-3)
-    assert not any(m._forward_pre_hooks for m in net.modules())
+    images = torch.randint(0, 256, (20, 3, 48, 40), dtype=torch.uint8)
+    found = survey(net, layer, images, k=5, prepare=as_floats)
+    for unit, vectors in zip((0, 3), chapter._own_vectors(net, layer, images, found, (0, 3),
+                                                          "attributions", 2**20, as_floats, 3,
+                                                          False)):
+        np.testing.assert_allclose(vectors, attributions(net, f"{layer}:{unit}",
+                                                         images[found.top_images[unit]],
+                                                         prepare=as_floats), rtol=1e-4, atol=1e-3)
 
 
 def test_where_attributions_make_no_sense_they_are_refused():
     net, images = SmallAlexNet(width=4).eval(), torch.zeros(3, 3, 48, 48, dtype=torch.uint8)
     with pytest.raises(ValueError, match="'avgpool' is AdaptiveAvgPool2d"):
         dissect(net, "avgpool", images, by="attributions")
-    with pytest.raises(ValueError, match="asked for is 'maximum'"):
-        dissect(net, "features.3", images, by="attributions", at="maximum")
+    with pytest.raises(ValueError, match="the mean of its map"):
+        dissect(net, "features.3", images, by="attributions", at="mean")
+    with pytest.raises(ValueError, match="Rectified is not linear in its input"):
+        dissect(small(Rectified), "2", some_images(), by="attributions", prepare=as_floats, k=16,
+                nulls=19)
+
+
+# ---- where, and by what
+
+def test_at_its_strongest_place_each_unit_has_its_own_vectors():
+    net, images = small(padding=1), some_images()
+    values = net(images.float())
+    # with the padding of the last layer, the outermost fields overhang
+    inside = values[:, :, 1:-1, 1:-1].flatten(2)
+    largest = inside.max(2)
+    for memory in (2**28, 4*16*4*2 + 1):
+        table = dissect(net, "2", images, at="strongest", by="direction", k=16, nulls=19,
+                        prepare=as_floats, memory=memory).table
+        for unit, row in table.iterrows():
+            top = largest.values[:, unit].sort(descending=True).indices[:16]
+            assert row["images"] == top.tolist()
+            np.testing.assert_allclose(row["values"], largest.values[top, unit], rtol=1e-5)
+            place = largest.indices[top, unit]
+            width = values.shape[3] - 2
+            assert row["places"] == [[p//width + 1, p % width + 1] for p in place.tolist()]
+            vectors = inside[top, :, place].numpy()
+            vectors = vectors/np.linalg.norm(vectors, axis=1, keepdims=True)
+            alone = chapter.unit_groups(vectors, unit, nulls=19)
+            assert (row["p"], row["labels"]) == (alone.p, alone.labels.tolist())
+
+
+def test_after_the_relu_the_strongest_place_stays():
+    net, images = small(padding=1), some_images()
+    ask = dict(at="strongest", k=16, nulls=19, prepare=as_floats)
+    before, after = (dissect(net, "2", images, when=when, **ask) for when in ("pre", "post"))
+    again = dissect(net, "2", images, when="post", memory=300, **ask)
+    pd.testing.assert_frame_equal(after.table, again.table)
+    for unit, row in after.table.iterrows():
+        n = len(row["images"])
+        for column in ("images", "places", "values"):
+            assert row[column] == before.table.loc[unit, column][:n]
+        assert all(v <= 0 for v in before.table.loc[unit, "values"][n:])
+
+
+def test_length_does_not_count_by_direction(whole):
+    values, member = mixture()
+    stretched = values*np.random.default_rng(1).lognormal(0, 2, (120, 1)).astype(np.float32)
+    numbers = chapter._directions(stretched)
+    np.testing.assert_allclose(numbers, chapter._directions(values), rtol=1e-5)
+    assert not np.isnan(chapter._directions(np.zeros((2, 3), np.float32))).any()
+    ask = dict(nulls=39, seed=0)
+    assert find_groups(numbers[member < 2], **ask).count == 2
+    assert find_groups(stretched[member < 2], **ask).count == 1
+    with pytest.raises(ValueError, match="by is"):
+        dissect(Table(values).eval(), "unit", numbered(120), **settings | dict(by="cosine"))
+
+
+# ---- how many simulations
+
+def test_one_unit_alone_can_be_found():
+    "256 units, of which one is double: with 199 simulations its q could not be below 1."
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(150, 256)).astype(np.float32)
+    strong = np.arange(150) < 40
+    values[strong, 0] += 9
+    values[:, 1:60] += np.where(np.arange(150) % 2, 2, 0)[:, None]*strong[:, None]
+    units = [0, *range(100, 104)]
+    ask = dict(units=units, k=40, prepare=as_floats)
+    found = dissect(Table(values).eval(), "unit", numbered(150), **ask)
+    assert found.about["nulls"] == 256*20 - 1 and found.about["smallest_q"] == 5/(256*20)
+    assert found.table.p[0] == 1/(256*20) and found.table.groups[0] > 1
+    assert "1 of 5 units have more than one group at q ≤ 0.05" in found.summary()
+    coarse = dissect(Table(values).eval(), "unit", numbered(150), nulls=19, **ask)
+    assert coarse.about["smallest_q"] == 5/20
+    assert "0 of 5 units" in coarse.summary() and "takes 5 units at once" in coarse.summary()
+
+
+# ---- what a resumed run is asked
+
+def halved(x): return x.float()/2
+
+
+def test_another_prepare_is_not_resumed(tmp_path):
+    net = Table(mixture()[0]).eval()
+    net.forward = lambda x: net.unit(net.values[(x[:, 0, 0, 0]*0 + x[:, 1, 0, 0]).long()])
+    dissect(net, "unit", numbered(120), folder=tmp_path, **settings)
+    with pytest.raises(ValueError, match="prepare = as_floats .* asked for is halved"):
+        dissect(net, "unit", numbered(120), folder=tmp_path, **settings | dict(prepare=halved))
+
+
+def test_other_images_of_the_same_name_and_count_are_not_resumed(tmp_path):
+    for kind in ("one", "other"):
+        for i, image in enumerate(some_images(20, seed=len(kind))):
+            path = tmp_path/kind/"photos"/f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            to_pil_image(image).save(path)
+    ask = dict(prepare=as_floats, k=16, nulls=19, folder=tmp_path/"state")
+    one, other = (folder(tmp_path/kind/"photos") for kind in ("one", "other"))
+    assert (one.name, len(one)) == (other.name, len(other))
+    first = dissect(small(), "2", one, **ask)
+    pd.testing.assert_frame_equal(dissect(small(), "2", one, **ask).table, first.table)
+    with pytest.raises(ValueError, match="holds a survey with pixels"):
+        dissect(small(), "2", other, **ask)
 
 
 def test_a_training_model_is_refused():
@@ -166,7 +332,8 @@ import sys, torch
 sys.path.insert(0, {tests!r})
 from test_dissect import Table, mixture, numbered, settings
 from superpos.dissect import dissect
-dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder={folder!r}, **settings | dict(nulls=399))
+dissect(Table(mixture()[0]).eval(), "unit", numbered(120), folder={folder!r},
+        **settings | dict(nulls=399))
 """
 
 
@@ -199,3 +366,13 @@ def test_a_dask_cluster_gives_the_same_numbers(whole):
             found = dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **settings)
     assert len({task["worker"] for task in stream.data}) == 2
     pd.testing.assert_frame_equal(found.table, whole.table)
+
+
+def test_temporary_files_of_a_killed_run_are_swept(tmp_path):
+    "What a writer leaves that is killed between writing a file and putting it in its place."
+    ask = dict(folder=tmp_path, **settings)
+    dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **ask)
+    orphans = [tmp_path/f".{name}.abcdefgh.tmp" for name in ("survey.safetensors", "units.jsonl")]
+    for orphan in orphans: orphan.write_bytes(b"half")
+    dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **ask)
+    assert not any(orphan.exists() for orphan in orphans)

@@ -8,38 +8,38 @@ __all__ = ['archives', 'Images', 'digits', 'shapes', 'photographs', 'folder', 'o
 
 # %% ../nbs/03_data.ipynb #7f88f0fc
 import dataclasses
+import glob
+import gzip
 import hashlib
 import operator
 import os
+import shutil
 import tarfile
 import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 # %% ../nbs/03_data.ipynb #79b7d2aa
 import numpy as np
-import torch
-from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import functional as TF
 
 # %% ../nbs/03_data.ipynb #f9e747e6
-from .core import cache_dir, default_device, progress
+from .core import cache_dir, default_device, naming, progress
 
 # %% ../nbs/03_data.ipynb #11a8e0ad
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Images:
     "Images with a label each: `images[i]` is a uint8 tensor (3, H, W), whatever it comes from."
     name: str  # of the set, for captions and messages
-    source: np.ndarray | tuple[Path, ...]  # pixels (N, 3, H, W) of uint8, or one file for each image
+    source: np.ndarray | tuple[Path, ...]  # pixels (N, 3, H, W) of uint8, or a file each
     labels: np.ndarray  # (N,) int64, indices into `classes`
     classes: tuple[str, ...]  # their names
-    factors: dict[str, np.ndarray] | None = None  # (N,) arrays of what each image was drawn from, where that is known
+    factors: dict[str, np.ndarray] | None = None  # (N,) each: what images were drawn from
     skipped: tuple[tuple[Path, str], ...] = ()  # files left out of the set, each with the reason
-    shown: tuple[int, int] | None = None  # the short side that images are scaled to, and the centre square that is cut out; None: as they are
+    shown: tuple[int, int] | None = None  # the short side they are scaled to, the square cut out
 
     def __post_init__(self):
         object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
@@ -61,7 +61,8 @@ class Images:
         left_out = f", {len(self.skipped):,} skipped" if self.skipped else ""
         return f"{self.name}: {len(self):,} images, {len(self.classes):,} classes{left_out}"
 
-    def __getitem__(self, i: int) -> torch.Tensor:
+    def __getitem__(self, i: int) -> "torch.Tensor":
+        import torch
         found = self.source[operator.index(i)]
         if isinstance(found, np.ndarray): image = torch.from_numpy(found.copy())
         else:
@@ -69,15 +70,16 @@ class Images:
             except Exception as problem:
                 raise OSError(f"{found} cannot be read ({problem}); remove the file, or make the "
                               "set anew if it has changed since") from problem
-        return (image if self.shown is None
-                else TF.center_crop(TF.resize(image, self.shown[0], antialias=True), self.shown[1]))
+        if self.shown is None: return image
+        from torchvision.transforms import functional as TF
+        return TF.center_crop(TF.resize(image, self.shown[0], antialias=True), self.shown[1])
 
     def select(self,
         indices,  # integers, a slice or a mask: what indexes a numpy array, or a tensor of these
     ) -> "Images":
         "The images at these indices, in this order."
-        at = np.arange(len(self))[indices.cpu().numpy() if isinstance(indices, torch.Tensor)
-                                  else indices].ravel()
+        if hasattr(indices, "cpu"): indices = indices.cpu().numpy()  # a tensor
+        at = np.arange(len(self))[indices].ravel()
         source = (self.source[at] if isinstance(self.source, np.ndarray)
                   else tuple(self.source[i] for i in at))
         factors = self.factors and {k: v[at] for k, v in self.factors.items()}
@@ -85,7 +87,7 @@ class Images:
 
     def fit(self,
         size: int,  # height and width of the square that is cut out of the centre, in pixels
-        short: int | None = None,  # the short side is scaled to this first; eight sevenths of `size` by default, as ImageNet networks are tested
+        short: int | None = None,  # the short side is first scaled to this; 8/7 of `size` if None
     ) -> "Images":
         "The same images, all of one size."
         short = short or round(size*8/7)
@@ -140,8 +142,8 @@ def shapes(
     n: int,  # number of images; the first of many are the same as the first of few
     size: int = 32,  # height and width in pixels
     seed: int = 0,  # images are the same for the same seed
-) -> Images:  # labelled by shape; `factors` has shape, texture, colour, x, y and size
-    "Coloured, textured shapes with known factors. Position and size are in image widths, from the top left corner."
+) -> Images:  # labelled by shape; `factors`: shape, texture, colour, x, y (from the top), size
+    "Coloured, textured shapes with known factors. Places and sizes are in image widths."
     if n < 1 or size < 8:
         raise ValueError(f"shapes need n of at least 1 and size of at least 8, got n={n}, "
                          f"size={size}")
@@ -181,17 +183,17 @@ def _draw(
 # %% ../nbs/03_data.ipynb #171f867e
 _photographs = {  # package and folder: files
     ("sklearn.datasets", "images"): "china.jpg flower.jpg",
-    ("skimage", "data"): "astronaut.png brick.png camera.png cell.png chelsea.png clock_motion.png "
-    "coffee.png coins.png grass.png "
-                         "gravel.png hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png "
-    "retina.jpg rocket.jpg"}
+    ("skimage", "data"): "astronaut.png brick.png camera.png cell.png chelsea.png "
+                         "clock_motion.png coffee.png coins.png grass.png gravel.png "
+                         "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png "
+                         "retina.jpg rocket.jpg"}
 
 def photographs(
     n: int,  # number of patches; the first of many are the same as the first of few
     size: int = 64,  # height and width in pixels
     seed: int = 0,  # images are the same for the same seed
 ) -> Images:  # labelled by photograph, each equally often
-    "Square patches at random places and scales from the photographs that scikit-learn and scikit-image carry."
+    "Square patches, at random places and scales, of the photographs in two libraries."
     from importlib.resources import files
 
     from PIL import Image
@@ -262,8 +264,10 @@ def _from_files(
     files, labels = zip(*kept)
     return Images(name, files, labels, tuple(classes), skipped=tuple(skipped))
 
+_image_endings = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 def _image_files(home: Path, pattern: str = "**/*") -> list[Path]:
-    return sorted(p for p in home.glob(pattern) if p.suffix.lower() in IMG_EXTENSIONS
+    return sorted(p for p in home.glob(pattern) if p.suffix.lower() in _image_endings
                   and not p.name.startswith(".") and p.is_file())
 
 def folder(
@@ -281,25 +285,25 @@ def folder(
     if not found: classes, found, beside = [root.name], [(path, 0) for path in beside], []
     if not found:
         raise ValueError(f"{root}: no images in it or in its sub-folders; names must end in "
-                         f"{', '.join(IMG_EXTENSIONS)}")
+                         f"{', '.join(_image_endings)}")
     return _from_files(name or root.name, found, classes,
                        [(path, "lies beside the classes' folders") for path in beside])
 
 # %% ../nbs/03_data.ipynb #3456560f
 def on_device(
     images: Images,  # all of one size
-    device: torch.device | str | None = None,  # `default_device()` if none is named
-) -> tuple[torch.Tensor, torch.Tensor]:  # uint8 (N, 3, H, W) and int64 (N,)
+    device: "torch.device | str | None" = None,  # `default_device()` if none is named
+) -> "tuple[torch.Tensor, torch.Tensor]":  # uint8 (N, 3, H, W) and int64 (N,)
     "All images as one tensor of bytes, and their labels."
+    import torch
     if not len(images): raise ValueError(f"{images.name}: there are no images to put on a device")
     pixels = torch.empty(len(images), *images[0].shape, dtype=torch.uint8)
     for i in range(len(images)):
         image = images[i]
         if image.shape != pixels.shape[1:]:
             raise ValueError(f"{images.name}: image {i} has shape {tuple(image.shape)} and image 0 "
-                             f"{tuple(pixels.shape[1:])}; "
-                             "one tensor needs one size, so resize the files or take the images "
-                             "one at a time")
+                             f"{tuple(pixels.shape[1:])}; one tensor needs one size, so resize the "
+                             "files or take the images one at a time")
         pixels[i] = image
     device = device or default_device()
     return pixels.to(device), torch.from_numpy(images.labels.copy()).to(device)
@@ -309,9 +313,9 @@ class MissingData(FileNotFoundError):
     "A data set was asked for that is not here."
 
 def find_data(
-    names: str | Sequence[str],  # path inside the data folder, or several of which the first that is there will do
-    root: str | Path | None = None,  # the data folder, or the set itself; else `SUPERPOS_DATA`, then the cache
-    how: str = "put it there, or let SUPERPOS_DATA name the folder that holds it",  # to get it, for the error
+    names: str | Sequence[str],  # path inside the data folder, or several: the first that is there
+    root: str | Path | None = None,  # that folder, or the set; else `SUPERPOS_DATA`, then the cache
+    how: str = "put it there, or let SUPERPOS_DATA name the folder that holds it",  # to get it
     download: bool = False,  # fetch it if it is missing and can be fetched
 ) -> Path:
     "Where a data set is, given its official name."
@@ -333,8 +337,10 @@ def _homes(root: str | Path | None) -> Iterator[Path]:
         yield cache_dir()/"data"
 
 # %% ../nbs/03_data.ipynb #b861d639
+_cifar10_py = "cifar-10-batches-py"
 archives = {  # folder: official address and hash of its archive
-    CIFAR10.base_folder: (CIFAR10.url, f"md5:{CIFAR10.tgz_md5}"),
+    _cifar10_py: ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+                  "md5:c58f30108f718f92721af3b95e74349a"),
     "tiny-imagenet-200": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
                           "md5:90528d7ca1a48142e341f4ef8d21d0de"),
 }
@@ -344,26 +350,35 @@ def fetch(
     root: str | Path | None = None,  # folder to put it into; the cache by default
 ) -> Path:  # the unpacked folder
     "Download, check and unpack a data set, unless it is there already."
-    import pooch
     from filelock import FileLock
     if name not in archives:
         raise ValueError(f"'{name}' cannot be fetched; there is {', '.join(archives)}")
     home = Path(root).expanduser() if root else cache_dir()/"data"
     home.mkdir(parents=True, exist_ok=True)
-    url, known_hash = archives[name]
-    file = url.rsplit("/", 1)[-1]
-    def download(url, output, _):
-        _download(url, home/f"{file}.part")
-        os.replace(home/f"{file}.part", output)
+    url, known = archives[name]
+    archive = home/url.rsplit("/", 1)[-1]
+    part = archive.with_name(f"{archive.name}.part")
     with FileLock(cache_dir()/f"fetch-{name}.lock"):
-        if not (home/name).exists():
-            archive = Path(pooch.retrieve(url, known_hash, fname=file, path=home,
-                                          downloader=download))
-            _unpack(archive, home/name)
-            archive.unlink()
+        if (home/name).exists(): return home/name
+        if not (archive.exists() and _hash(archive, known) == known):
+            _download(url, part)
+            if (found := _hash(part, known)) != known:
+                part.unlink()
+                raise ValueError(f"{archive.name} does not match the known hash: it has {found}, "
+                                 f"not {known}; it was removed")
+            os.replace(part, archive)
+        _unpack(archive, home/name)
+        archive.unlink()
     return home/name
 
-def _download(url: str, part: Path, tries: int = 5) -> None:  # what has come stays in `part` until the rest has
+def _hash(file: Path, like: str) -> str:  # of the same kind as `like`, and written as it is
+    kind = like.partition(":")[0]
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, lambda: hashlib.new(kind, usedforsecurity=False))
+    return f"{kind}:{found.hexdigest()}"
+
+def _download(url: str, part: Path, tries: int = 5) -> None:
+    "Fetch what is not in `part` yet; what has come stays there until the rest has."
     import requests
     for attempt in range(tries):
         time.sleep(.1*attempt**2)
@@ -377,7 +392,7 @@ def _download(url: str, part: Path, tries: int = 5) -> None:  # what has come st
                 reply.raise_for_status()
                 resumed, chunk = reply.status_code == 206, 2**16
                 left = int(reply.headers.get("Content-Length", 0))
-                with part.open("ab" if resumed else "wb") as file:
+                with naming(part), part.open("ab" if resumed else "wb") as file:
                     for data in progress(reply.iter_content(chunk), f"{url}, pieces of 64 kB",
                                          -(-left//chunk)):
                         file.write(data)
@@ -394,10 +409,24 @@ def _unpack(
     target: Path,  # what the archive's folder of the same name will be
     limit: int = 2**31,  # most bytes that may come out
 ) -> None:
-    zipped = archive.suffix == ".zip"
-    with (zipfile.ZipFile if zipped else tarfile.open)(archive) as pack, \
-         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        inside, total = Path(temporary).resolve(), 0
+    for left in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = tempfile.TemporaryDirectory(".tmp", f".{target.name}.", target.parent)
+    with naming(target), temporary as inside:
+        inside = Path(inside).resolve()
+        try: _extract(archive, inside, limit)
+        except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error,
+                EOFError) as problem:
+            said = str(problem).partition(":\n")[0]
+            raise ValueError(f"{archive} is damaged or cut short ({said}); remove it and fetch it "
+                             "anew") from problem
+        if not (inside/target.name).is_dir():
+            raise ValueError(f"{archive.name} holds no folder '{target.name}'")
+        (inside/target.name).rename(target)
+
+def _extract(archive: Path, inside: Path, limit: int) -> None:
+    zipped, total = archive.suffix == ".zip", 0
+    with (zipfile.ZipFile if zipped else tarfile.open)(archive) as pack:
         for entry in pack.infolist() if zipped else pack:
             name, size = (entry.filename, entry.file_size) if zipped else (entry.name, entry.size)
             total += size
@@ -410,9 +439,6 @@ def _unpack(
             if total > limit:
                 raise ValueError(f"{archive.name} unpacks to more than {limit:,} bytes")
         pack.extractall(inside, **({} if zipped else dict(filter="data")))
-        if not (inside/target.name).is_dir():
-            raise ValueError(f"{archive.name} holds no folder '{target.name}'")
-        (inside/target.name).rename(target)
 
 # %% ../nbs/03_data.ipynb #b5fd9068
 _cifar10_classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
@@ -441,9 +467,10 @@ def cifar10(
     "CIFAR-10, 32 × 32 pixels, in the official order."
     if split not in ("train", "test"):
         raise ValueError(f"CIFAR-10 has the splits 'train' and 'test', not '{split}'")
-    how = f"get CIFAR-10 with `cifar10(download=True)` or unpack {CIFAR10.url} there"
-    home = find_data((CIFAR10.base_folder, "cifar-10-batches-bin"), root, how, download)
-    if home.name == CIFAR10.base_folder:
+    how = f"get CIFAR-10 with `cifar10(download=True)` or unpack {archives[_cifar10_py][0]} there"
+    home = find_data((_cifar10_py, "cifar-10-batches-bin"), root, how, download)
+    if home.name == _cifar10_py:
+        from torchvision.datasets import CIFAR10
         meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
         for file, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
             _checked(home/file, "md5", md5)
@@ -466,7 +493,8 @@ def tiny_imagenet(
     if split not in ("train", "val"):
         raise ValueError("Tiny ImageNet has labels for the splits 'train' and 'val', not "
                          f"'{split}'")
-    how = f"get Tiny ImageNet with `tiny_imagenet(download=True)` or unpack {archives['tiny-imagenet-200'][0]} there"
+    url = archives["tiny-imagenet-200"][0]
+    how = f"get Tiny ImageNet with `tiny_imagenet(download=True)` or unpack {url} there"
     home = find_data("tiny-imagenet-200", root, how, download)
     classes = sorted((home/"wnids.txt").read_text().split())
     if split == "train":
@@ -485,13 +513,12 @@ def tiny_imagenet(
 
 # %% ../nbs/03_data.ipynb #36a0830a
 def imagenet_val(
-    root: str | Path | None = None,  # holds `val/WNID/*.JPEG` or `WNID/*.JPEG`; else `imagenet` in one of `find_data`'s places
+    root: str | Path | None = None,  # holds `val/WNID/*.JPEG` or `WNID/*.JPEG`; see `find_data`
 ) -> Images:  # the classes are WordNet ids, in the order of ImageNet's class indices
     "ImageNet's validation images, in torchvision's layout."
     how = ("to get ImageNet's validation images, register at https://image-net.org, put "
-           "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12"
-           ".tar.gz into a folder, let `torchvision.datasets.ImageNet(folder, split='val')` sort "
-           "them, and pass that folder")
+           "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into a folder, let "
+           "`torchvision.datasets.ImageNet(folder, split='val')` sort them, and pass that folder")
     root = Path(root).expanduser() if root else find_data("imagenet", how=how)
     if not root.is_dir(): raise MissingData(f"ImageNet not found: there is no folder {root}; {how}")
     home = root/"val" if (root/"val").is_dir() else root

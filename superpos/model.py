@@ -82,7 +82,7 @@ class Block(nn.Module):
         inputs: int,  # channels
         outputs: int,  # channels
         stride: int,  # of the first convolution
-        learned: bool = True,  # where the shape changes, the way around is a convolution; else `Widen`
+        learned: bool = True,  # where the shape changes, go around by a convolution; else `Widen`
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -258,7 +258,8 @@ def _load_file(model: nn.Module, path: Path) -> None:
     _check_finite(state, path)
     missing = model.load_state_dict(state, strict=False).missing_keys
     if missing:
-        warnings.warn(f"{path.name} covers {len(own) - len(missing)} of {len(own)} tensors; these keep random "
+        covered = len(own) - len(missing)
+        warnings.warn(f"{path.name} covers {covered} of {len(own)} tensors; these keep random "
                       f"values: {', '.join(missing)}", stacklevel=3)
 
 # %% ../nbs/04_model.ipynb #eddb0529

@@ -1,8 +1,9 @@
-"Images and where they come from: brute-force oracles, damaged files, hostile archives, broken downloads, real sets."
+"Images: brute-force oracles, damaged files, hostile archives, broken downloads, real sets."
 import hashlib
 import io
 import os
 import pickle
+import shutil
 import socket
 import tarfile
 import threading
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from superpos import data
 from superpos.data import (
@@ -62,7 +64,7 @@ def quiet_folder(root):
 
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
-    "Twelve images whose bytes are their own index, in memory and in files, labelled by index modulo 3."
+    "Twelve images whose bytes are their index, in memory and in files, labelled by it modulo 3."
     root = tmp_path_factory.mktemp("numbered")
     source = np.arange(12, dtype=np.uint8)[:, None, None, None]*np.ones((1, 3, 2, 2), np.uint8)
     files = tuple(write(root/f"{i:02}.png", np.full((2, 2, 3), i, np.uint8)) for i in range(12))
@@ -363,13 +365,61 @@ def test_good_archives_unpack(tmp_path, name, content):
     assert (tmp_path/"set"/"b"/"c.txt").read_text() == "good"
     assert {p.name for p in tmp_path.iterdir()} == {name, "set"}
 
+@pytest.mark.parametrize("ending", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("kept", [0, .3, .8])
+def test_an_archive_that_is_cut_short_is_named(tmp_path, ending, kept):
+    noise = np.random.default_rng(0).bytes(60_000)
+    whole = (zip_bytes(**{"set/a": noise}) if ending == "zip" else
+             tar_bytes(("set/a", noise, tarfile.REGTYPE), mode="w:gz" if "gz" in ending else "w"))
+    archive = tmp_path/f"set.{ending}"
+    archive.write_bytes(whole[:int(kept*len(whole))])
+    with pytest.raises(ValueError, match=rf"{archive} is damaged or cut short \(.+\); remove"):
+        data._unpack(archive, tmp_path/"set")
+    assert list(tmp_path.iterdir()) == [archive]
+    archive.write_bytes(whole)
+    data._unpack(archive, tmp_path/"set")
+    assert (tmp_path/"set"/"a").read_bytes() == noise
+
+def test_a_bit_that_flipped_in_an_archive_is_noticed(tmp_path):
+    for ending, whole in dict(zip=payload, gz=tar_bytes(good)).items():
+        raw = bytearray(whole)
+        raw[len(raw)//2] ^= 16
+        (tmp_path/f"set.{ending}").write_bytes(raw)
+        with pytest.raises(ValueError, match=rf"set.{ending} is damaged or cut short"):
+            data._unpack(tmp_path/f"set.{ending}", tmp_path/"set")
+
+def test_a_disk_that_fills_while_unpacking_is_named_and_left_clean(tmp_path):
+    resource = pytest.importorskip("resource")
+    (tmp_path/"set.zip").write_bytes(payload)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"too large: '{tmp_path}/set'"):
+            data._unpack(tmp_path/"set.zip", tmp_path/"set")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["set.zip"]
+
+def test_what_a_kill_left_of_unpacking_is_swept(tmp_path):
+    for name in (".set.01234567.tmp", ".other.01234567.tmp", ".set.mine"):
+        (tmp_path/name/"set").mkdir(parents=True)
+    (tmp_path/"set.zip").write_bytes(payload)
+    data._unpack(tmp_path/"set.zip", tmp_path/"set")
+    left = {".other.01234567.tmp", ".set.mine", "set", "set.zip"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+def test_what_is_written_down_here_is_what_torchvision_says():
+    address, known = data.archives[CIFAR10.base_folder]
+    assert (address, known) == (CIFAR10.url, f"md5:{CIFAR10.tgz_md5}")
+    assert data._image_endings == IMG_EXTENSIONS
+
 # downloads
 
 payload = zip_bytes(**{"set/noise.bin": np.random.default_rng(0).bytes(600_000)})
 
 @contextmanager
 def serving(content, limits=(), ranges=True):
-    "A server on the loopback that hangs up after `limits[k]` bytes of its k-th reply. Yields its address and the ranges asked for."
+    """A server on the loopback that hangs up after `limits[k]` bytes of its k-th reply.
+    Yields its address and the ranges asked for."""
     asked, limits = [], list(limits)
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args): pass
@@ -390,16 +440,19 @@ def serving(content, limits=(), ranges=True):
 @pytest.fixture
 def offered(monkeypatch):
     "Makes an address the official one of the set 'set'."
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1"); monkeypatch.setattr(data.time, "sleep",
-                                                                     lambda seconds: None)
-    return lambda url, content=payload: monkeypatch.setitem(data.archives, "set",
-                                                            (url, f"md5:{hashlib.md5(content).hexdigest()}"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    def offer(url, content=payload):
+        known = f"md5:{hashlib.md5(content).hexdigest()}"
+        monkeypatch.setitem(data.archives, "set", (url, known))
+    return offer
 
 def assert_whole(home):
     assert {p.name for p in home.iterdir()} == {"set"}
     assert (home/"set"/"noise.bin").stat().st_size == 600_000
 
-@pytest.mark.parametrize("noticed", [True, False])  # urllib3 before 2.0 does not notice when a reply is too short
+# urllib3 before 2.0 does not notice when a reply is too short
+@pytest.mark.parametrize("noticed", [True, False])
 def test_a_broken_download_goes_on_where_it_stopped(tmp_path, offered, noticed, monkeypatch):
     get = requests.get
     def get_and_notice(*args, **options):
@@ -441,6 +494,15 @@ def test_a_download_that_was_only_not_moved_is_used(tmp_path, offered):
     with serving(payload) as (url, asked): offered(url); fetch("set", tmp_path)
     assert asked == [f"bytes={len(payload)}-"]
     assert_whole(tmp_path)
+
+def test_an_archive_that_lay_there_already_is_used_if_it_is_the_right_one(tmp_path, offered):
+    for content in (payload, payload[:-9]):
+        home = tmp_path/str(len(content))
+        home.mkdir()
+        (home/"set.zip").write_bytes(content)
+        with serving(payload) as (url, asked): offered(url); fetch("set", home)
+        assert asked == ([] if content == payload else ["bytes=0-"])
+        assert_whole(home)
 
 def test_a_wrong_hash_is_refused_and_forgotten(tmp_path, offered):
     with serving(payload) as (url, asked):
@@ -484,8 +546,9 @@ def test_binary_batches(tmp_path, records, monkeypatch):
         (home/f"{name}.bin").write_bytes(raw)
         monkeypatch.setitem(data._cifar10_sha1, f"{name}.bin", hashlib.sha1(raw).hexdigest())
     check_cifar10(records, tmp_path)
-    raw = bytearray((home/"data_batch_4.bin").read_bytes()); raw[5000] ^= 1; (
-        home/"data_batch_4.bin").write_bytes(raw)
+    raw = bytearray((home/"data_batch_4.bin").read_bytes())
+    raw[5000] ^= 1
+    (home/"data_batch_4.bin").write_bytes(raw)
     with pytest.raises(ValueError, match=r"data_batch_4\.bin is not the official file"):
         cifar10(root=tmp_path)
     assert len(cifar10("test", tmp_path)) == 4
@@ -502,8 +565,8 @@ def test_pickled_batches(tmp_path, records, monkeypatch):
     entries = [put(name, dict(data=pixels, labels=labels.tolist()))
                for name, (labels, pixels) in records.items()]
     name, md5 = put("batches.meta", dict(label_names=list(data._cifar10_classes)))
-    monkeypatch.setattr(CIFAR10, "train_list",
-                        entries[:5]); monkeypatch.setattr(CIFAR10, "test_list", entries[5:])
+    monkeypatch.setattr(CIFAR10, "train_list", entries[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", entries[5:])
     monkeypatch.setattr(CIFAR10, "meta", dict(CIFAR10.meta, filename=name, md5=md5))
     check_cifar10(records, tmp_path)
     put("data_batch_2", Wicked())
@@ -539,8 +602,7 @@ def test_imagenet_needs_all_its_classes(tmp_path, monkeypatch):
     monkeypatch.setenv("SUPERPOS_DATA", str(tmp_path))
     for root in (None, tmp_path/"imagenet", tmp_path/"imagenet"/"val"):
         assert imagenet_val(root).labels.tolist() == list(range(1000))
-    (tmp_path/"imagenet"/"val"/"n00000500"/"a.png").unlink(); (
-        tmp_path/"imagenet"/"val"/"n00000500").rmdir()
+    shutil.rmtree(tmp_path/"imagenet"/"val"/"n00000500")
     with pytest.raises(ValueError, match="has 999 class folders, not 1000"): imagenet_val()
     with pytest.raises(MissingData, match="there is no folder .*nowhere; to get ImageNet"):
         imagenet_val(tmp_path/"nowhere")

@@ -8,18 +8,21 @@ export OMP_NUM_THREADS ?= 1
 ready = .venv/.ready
 run = .venv/bin/python -m
 
-.PHONY: site test lab bench
+.PHONY: site test lab bench write
 .DELETE_ON_ERROR:
 
 site: $(ready)
 	@$(run) superpos.book execute
-	@$(run) superpos.book readme
 	@$(run) superpos.book render
 	@$(run) superpos.book check
 
 test: $(ready)
 	@$(run) ruff check
 	@$(run) pytest
+
+write: $(ready)
+	@$(run) superpos.book execute
+	@$(run) superpos.book write
 
 lab: $(ready)
 	@.venv/bin/jupyter lab nbs

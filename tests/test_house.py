@@ -1,4 +1,4 @@
-"The rules of the house: how notebooks are written, what a module may import, and that everything generated is up to date."
+"The rules of the house: how notebooks are written, what modules import, what is up to date."
 import ast
 import io
 import json
@@ -15,7 +15,7 @@ from execnb.nbio import dict2nb, nb2str
 from nbdev.clean import clean_nb
 from nbdev.process import extract_directives
 
-from superpos.book import notebooks, readme, superpos_imports
+from superpos.book import _options, notebooks, readme, superpos_imports
 
 root = Path(__file__).resolve().parent.parent
 pages = notebooks(root)
@@ -31,15 +31,14 @@ def cells(nb):
 
 def code_cells(nb):
     for where, cell, source in cells(nb):
-        if cell["cell_type"] == "code":
-            directives = extract_directives(dict2nb(cells=[dict(cell, source=source)]).cells[0],
-                                            remove=False)
-            yield where, cell, source, directives
+        if cell["cell_type"] != "code": continue
+        made = dict2nb(cells=[dict(cell, source=source)]).cells[0]
+        yield where, cell, source, extract_directives(made, remove=False)
 
 
 def is_slow(directives):
-    return (bool({"slow", "gpu"} & set(directives)) or directives.get("eval:", [""])[0].lower()
-            == "false")
+    off = directives.get("eval:", [""])[0].lower() == "false"
+    return off or bool({"slow", "gpu"} & set(directives))
 
 
 def has_picture(cell):
@@ -48,8 +47,7 @@ def has_picture(cell):
 
 def figures_are_described(nb):
     for where, cell, source, directives in code_cells(nb):
-        head = [line[2:] for line in source.splitlines() if re.match(r"#\| *[\w-]+:|#\|  ", line)]
-        try: options = yaml.safe_load("\n".join(head)) or {}
+        try: options = _options(source)
         except yaml.YAMLError as problem:
             yield f"{where}: its options are not YAML: {problem}"
             continue
@@ -59,7 +57,24 @@ def figures_are_described(nb):
             yield f"{where}: a figure needs label (fig-...), fig-cap and fig-alt"
         if "$" in str(options.get("fig-cap")): yield f"{where}: a caption cannot hold LaTeX"
         if not is_slow(directives) and not has_picture(cell):
-            yield f"{where}: its figure has not been drawn; run `make site`"
+            yield f"{where}: its figure has not been drawn; run `make write`"
+
+
+directive_words = {"code", "column", "default_exp", "echo", "eval", "exec_doc", "export",
+                   "exporti", "exports", "filter_stream", "gpu", "hide", "hide_line", "include",
+                   "label", "output", "slow", "warning"}
+
+
+def folds_hide_no_directive(nb):  # nbdev takes every line of the head for a directive
+    for where, _, source, _ in code_cells(nb):
+        for found in re.findall(r"(?m)^#\| {2,}([\w-]+)", source):
+            if found in directive_words: yield f"{where}: a folded line begins with {found!r}"
+
+
+def lines_fit_the_page(nb):
+    for where, _, source, _ in code_cells(nb):
+        wide = [line for line in source.splitlines() if len(line) > 100]
+        yield from (f"{where}: over 100 columns: {line}" for line in wide)
 
 
 def imports_stand_alone(nb):
@@ -76,8 +91,8 @@ def no_cell_failed(nb):
 
 
 def outputs_name_no_folder(nb):
-    absolute = re.compile(
-        r"(?<![\w.:/<-])(?:/(?:home|root|tmp|usr|opt|var|mnt|Users|private|work|data|etc)/\w|[A-Z]:\\\w)")
+    folders = "home|root|tmp|usr|opt|var|mnt|Users|private|work|data|etc"
+    absolute = re.compile(rf"(?<![\w.:/<-])(?:/(?:{folders})/\w|[A-Z]:\\\w)")
     for where, cell, _, _ in code_cells(nb):
         texts = [out.get("text", "") for out in cell["outputs"]]
         texts += [text for out in cell["outputs"] for mime, text in out.get("data", {}).items()
@@ -99,13 +114,15 @@ def is_clean(nb):
 
 def title_stands_alone(nb):
     lines = [line for line in "".join(nb["cells"][0]["source"]).splitlines() if line.strip()]
-    if (nb["cells"][0]["cell_type"] != "markdown" or len(lines) != 2
-        or not lines[0].startswith("# ") or not lines[1].startswith("> ")):
-        yield "cell 1: holds a '# title', a '> description' and nothing else (nbdev drops what follows them in the same cell)"
+    marks = [line[:2] for line in lines]
+    if nb["cells"][0]["cell_type"] != "markdown" or marks != ["# ", "> "]:
+        yield ("cell 1: holds a '# title', a '> description' and nothing else "
+               "(nbdev drops what follows them in the same cell)")
 
 
-rules = [figures_are_described, imports_stand_alone, no_cell_failed, outputs_name_no_folder,
-         slow_cells_are_empty, is_clean, title_stands_alone]
+rules = [figures_are_described, folds_hide_no_directive, imports_stand_alone, is_clean,
+         lines_fit_the_page, no_cell_failed, outputs_name_no_folder, slow_cells_are_empty,
+         title_stands_alone]
 
 
 @pytest.mark.parametrize("page", pages, ids=lambda p: p.stem)
@@ -130,6 +147,11 @@ bad = [
     (figures_are_described, bad_cell('#| label: fig-a\n#| fig-cap: "a "quoted" word"\n#| fig-alt: '
                                      'a\nplot()', **png)),
     (figures_are_described, bad_cell("#| label: fig-a\n#| fig-cap: seen\n#| fig-alt: a\nplot()")),
+    (figures_are_described, bad_cell("#| label: fig-a\n#| fig-cap: >-\n#|   seen $x$\n"
+                                     "#|   twice\n#| fig-alt: a\nplot()", **png)),
+    (folds_hide_no_directive, bad_cell("#| label: fig-a\n#| fig-cap: >-\n#|   What they\n"
+                                       "#|   hide: a dot.\nplot()")),
+    (lines_fit_the_page, bad_cell(f"short = 1\n{'x'*101} = 1")),
     (imports_stand_alone, bad_cell("import torch\nx = 1")),
     (no_cell_failed, bad_cell("1/0", output_type="error", ename="ZeroDivisionError", evalue="",
                               traceback=[])),
@@ -173,7 +195,7 @@ def test_every_module_has_a_notebook():
 def test_module_imports_only_lower_floors(module):
     number, imported = floor(), superpos_imports(module.read_text(encoding="utf-8"))
     assert all(number[name] < number[module.stem] for name in imported), imported
-    assert "plot" not in imported or module.stem == "cli", "only notebooks and the command line draw"
+    assert "plot" not in imported or module.stem == "cli", "only pages and the command line draw"
 
 
 @pytest.mark.parametrize("module", modules, ids=lambda p: p.stem)
@@ -190,10 +212,9 @@ def test_module_needs_only_numerical_packages(module):
 
 
 def undocumented(source):
-    "What is missing: a docstring of a public function, class or method, a comment beside a function's parameter or a dataclass's field."
-    lines = io.StringIO(source).readline
-    commented = {token.start[0] for token in tokenize.generate_tokens(lines) if token.type
-                 == tokenize.COMMENT}
+    "Public names without a docstring, parameters and fields of dataclasses without a comment."
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
 
     def bare(nodes):  # those without a comment of their own on one of their lines
         spans = [set(range(node.lineno, node.end_lineno + 1)) & commented for node in nodes]
@@ -228,13 +249,12 @@ def test_public_names_are_documented(module):
 
 
 @pytest.mark.parametrize("source,missing", [
-    ('def f(\n    a: int,  # a number\n    /, *,\n    b=1,\n    **c,  # more\n) -> int:  # a '
-     'number\n    "Adds."', ["f: b has no comment"]),
+    ('def f(\n    a: int,  # a number\n    /, *,\n    b=1,\n    **c,  # more\n)'
+     ' -> int:  # a number\n    "Adds."', ["f: b has no comment"]),
     ("def f(a: int): pass", ["f has no docstring", "f: a has no comment"]),
     ('def f(a, b):  # both\n    "Adds."', ["f: a has no comment", "f: b has no comment"]),
-    ('@dataclass(frozen=True)\nclass A:\n    "Holds."\n    x: int  # a number\n    y: int\n    def '
-     'm(self): pass',
-     ["A: y has no comment", "A.m has no docstring"]),
+    ('@dataclass(frozen=True)\nclass A:\n    "Holds."\n    x: int  # a number\n    y: int\n'
+     '    def m(self): pass', ["A: y has no comment", "A.m has no docstring"]),
     ('def _f(a): pass\nclass B(Exception): "Bad."\nx = 1', [])])
 def test_undocumented_is_seen(source, missing):
     assert list(undocumented(source)) == missing
@@ -274,4 +294,4 @@ def test_addresses_differ():
 def test_readme_is_the_first_page():
     stale = [path.name for path, contents in readme(root).items() if not path.exists()
              or path.read_bytes() != contents]
-    assert not stale, "run `make site`"
+    assert not stale, "run `make write`"

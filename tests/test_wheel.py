@@ -28,7 +28,8 @@ from superpos.model import SmallAlexNet
 from superpos.toy import Features, train
 assert train(Features(5, density=.1), 2, steps=50, quiet=True).toy.W.isfinite().all()
 torch.manual_seed(0)
-table = dissect(SmallAlexNet(width=4).eval(), "features.3", shapes(40, size=40), k=20, nulls=19, units=range(3)).table
+net, images = SmallAlexNet(width=4).eval(), shapes(40, size=40)
+table = dissect(net, "features.3", images, k=20, nulls=19, units=range(3)).table
 assert len(table) == 3 and table.p.notna().all()
 print(*names)
 """
@@ -48,8 +49,8 @@ def wheel(tmp_path_factory):
 
 def test_a_wheel_holds_the_modules_and_nothing_else(wheel):
     inside = {Path(name) for name in zipfile.ZipFile(wheel).namelist()}
-    assert ({p.name for p in inside if p.parts[0] == "superpos"}
-            == {p.name for p in (root/"superpos").glob("*.py")})
+    modules = {p.name for p in inside if p.parts[0] == "superpos"}
+    assert modules == {p.name for p in (root/"superpos").glob("*.py")}
     assert all(p.parts[0] == "superpos" or p.parts[0].endswith(".dist-info") for p in inside)
     assert "LICENSE" in {p.name for p in inside}
 
@@ -65,6 +66,6 @@ def test_a_wheel_works_without_notebooks(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", use, str(site)], cwd=elsewhere,
                           env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (done.stdout.split() == sorted(p.stem for p in (root/"superpos").glob("*.py")
-                                          if p.stem != "__init__"))
+    modules = {p.stem for p in (root/"superpos").glob("*.py")} - {"__init__"}
+    assert done.stdout.split() == sorted(modules)
     assert not list(elsewhere.iterdir())

@@ -38,24 +38,21 @@ def _commands() -> dict:
     return {name[3:].replace("_", " "): f for name, f in globals().items()
             if name.startswith("do_")}
 
-def _options(owner) -> dict:
-    "The annotations of a command or a dataclass, with all that help and checks need."
+def _options(owner) -> list[inspect.Parameter]:
+    "The parameters of a command or a dataclass, with all that help and checks need."
     from cyclopts import Parameter, validators
     from fastcore.docments import docments
-    found, comments = {}, docments(owner)
+    found, comments = [], docments(owner)
     for name, p in inspect.signature(owner).parameters.items():
+        if dataclasses.is_dataclass(p.annotation):
+            found += [q.replace(kind=q.KEYWORD_ONLY) for q in _options(p.annotation)]
+            continue
         least = next((n for part in (p.annotation, *getattr(p.annotation, "__args__", ()))
                       for n in getattr(part, "__metadata__", ())), None)
         check = None if least is None else validators.Number(gte=least)
         shown = p.default not in ("", None) and not isinstance(p.default, bool)
-        found[name] = Annotated[p.annotation, Parameter(help=comments[name], validator=check,
-                                                        show_default=shown)]
-        if dataclasses.is_dataclass(p.annotation):
-            fields = [(k, kind, getattr(p.annotation, k))
-                      for k, kind in _options(p.annotation).items()]
-            same = dataclasses.make_dataclass(name, fields, bases=(p.annotation,), frozen=True,
-                                              namespace=dict(__module__=__name__))
-            found[name] = Annotated[same, Parameter(name="*")]
+        told = Parameter(help=comments[name], validator=check, show_default=shown)
+        found.append(p.replace(annotation=Annotated[p.annotation, told]))
     return found
 
 # %% ../nbs/60_cli.ipynb #1f6ab2c4
@@ -63,17 +60,22 @@ def _asked(name: str, command, wanted: Sequence[str]):
     "What cyclopts calls in place of a command: it gives back what is to be called, and how."
     from cyclopts import Parameter
     def asked(*given, json=False, debug=False, **named):
+        for k, p in inspect.signature(command).parameters.items():
+            if dataclasses.is_dataclass(p.annotation):
+                fields = p.annotation.__dataclass_fields__
+                named[k] = p.annotation(**{f: named.pop(f) for f in fields if f in named})
         return name, given, named, json, debug
-    flag = lambda words: Annotated[bool, Parameter(help=words, negative="", show_default=False)]
-    more = dict(json=flag("print the result as JSON"),
-                debug=flag("show where an error comes from"))
-    own = inspect.signature(command).parameters.values() if name in wanted else ()
-    parameters = [*own, *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=False)
-                          for k in more)]
-    asked.__signature__, asked.__doc__ = inspect.Signature(parameters), command.__doc__
-    asked.__annotations__ = more | (_options(command) if own else {})
+    flag = lambda name, words: inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False,
+        annotation=Annotated[bool, Parameter(help=words, negative="", show_default=False)])
+    options = [*(_options(command) if name in wanted else ()),
+               flag("json", "print the result as JSON"),
+               flag("debug", "show where an error comes from")]
+    asked.__signature__, asked.__doc__ = inspect.Signature(options), command.__doc__
+    asked.__annotations__ = {p.name: p.annotation for p in options}
     return asked
 
+# %% ../nbs/60_cli.ipynb #ac40d7e5
 def _parser(wanted: Sequence[str]):
     "All commands as a cyclopts app, some with their options."
     from cyclopts import App

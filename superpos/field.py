@@ -55,14 +55,14 @@ class Field:
 
     def window(self,
         position: tuple[int, int],  # row and column of the unit in its map
-    ) -> tuple[tuple[int, int], tuple[int, int]]:  # rows and columns of the image: first, one past the last
+    ) -> tuple[tuple[int, int], tuple[int, int]]:  # rows, columns: first, one past the last
         "The pixels that the unit sees, parts outside the image included."
         return self.rows.span(position[0]), self.columns.span(position[1])
 
     def clipped(self,
         position: tuple[int, int],  # row and column of the unit in its map
         size: tuple[int, int],  # height and width of the image
-    ) -> tuple[tuple[int, int], tuple[int, int]]:  # rows and columns of the image: first, one past the last
+    ) -> tuple[tuple[int, int], tuple[int, int]]:  # rows, columns: first, one past the last
         "The pixels of the image that the unit sees; raises `ValueError` if there are none."
         spans = tuple((max(0, first), min(n, last))
                       for (first, last), n in zip(self.window(position), size))
@@ -73,12 +73,12 @@ class Field:
 
 # %% ../nbs/20_field.ipynb #1f4c2273
 _windows = {  # name of an operation, and from its arguments: kernel, stride, padding, dilation
-    "conv2d": lambda input, weight, bias=None, stride=1, padding=0, dilation=1,
-    groups=1: (weight.shape[-2:], stride, padding, dilation),
-    "max_pool2d": lambda input, kernel_size, stride=None, padding=0, dilation=1, *_,
-    **__: (kernel_size, stride or kernel_size, padding, dilation),
-    "avg_pool2d": lambda input, kernel_size, stride=None, padding=0, *_,
-    **__: (kernel_size, stride or kernel_size, padding, 1)}
+    "conv2d": lambda input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1:
+        (weight.shape[-2:], stride, padding, dilation),
+    "max_pool2d": lambda input, kernel_size, stride=None, padding=0, dilation=1, *_, **__:
+        (kernel_size, stride or kernel_size, padding, dilation),
+    "avg_pool2d": lambda input, kernel_size, stride=None, padding=0, *_, **__:
+        (kernel_size, stride or kernel_size, padding, 1)}
 _same = {"relu", "relu6", "hardtanh", "leaky_relu", "elu", "gelu", "silu", "hardswish",
          "hardsigmoid", "sigmoid", "tanh", "softplus", "mish",
          "batch_norm", "dropout", "dropout2d", "feature_dropout", "clone", "contiguous", "to",
@@ -146,9 +146,9 @@ class _Reached(Exception): pass
 def receptive_field(
     model: nn.Module,  # in evaluation mode
     layer: str,  # name of a layer that still has rows and columns
-    size: tuple[int, int] = (224, 224),  # height and width of images that the network takes; the fields do not depend on it
+    size: tuple[int, int] = (224, 224),  # height and width of images that the network takes
 ) -> Field:
-    "The theoretical receptive field of a layer. Raises `ValueError`, naming the culprit, where it cannot be told."
+    "The theoretical receptive field of a layer; `ValueError` names the culprit if there is none."
     check_evaluation(model)
     target, like = find_layer(model, layer), next(model.parameters())
     image = torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype)
@@ -177,9 +177,9 @@ def effective_field(
     model: nn.Module,  # in evaluation mode
     unit: Unit | str,  # such as `features.10:9`
     images: torch.Tensor,  # as the network takes them, (N, 3, H, W)
-    position: tuple[int, int] | None = None,  # row and column in the layer's map; the centre by default
+    position: tuple[int, int] | None = None,  # row and column in the map; by default the centre
 ) -> torch.Tensor:  # (H, W), adds up to 1
-    "Each pixel's share of the squared gradient of a unit's pre-activation (Luo et al. 2016, section 2)."
+    "Each pixel's share of a unit's squared gradient, before the ReLU (Luo et al. 2016, section 2)."
     check_evaluation(model)
     unit = check_unit(model, unit)
     x = images.detach().clone().requires_grad_()
@@ -210,7 +210,7 @@ class _Link:
     "One step of a chain, and the padding that is left at the position of interest."
     name: str
     module: nn.Module
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # left, right, top, bottom, as `F.pad` takes it
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # as `F.pad` takes it: left, right, ...
 
 @dataclasses.dataclass(frozen=True)
 class Pathway:
@@ -219,7 +219,7 @@ class Pathway:
     layer: str  # name of the layer that is reached
     position: tuple[int, ...]  # row and column in the layer's map; (token,) or () in a linear layer
     window: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of the image that are needed
-    chain: tuple[_Link, ...] | None  # the steps, where the window is all that is run; None: the whole image
+    chain: tuple[_Link, ...] | None  # the steps, where the window is all that is run; else None
     why: str  # the reason for one or the other
     size: tuple[int, int, int]  # channels, height and width of the images
 
@@ -236,7 +236,7 @@ class Pathway:
         return images[..., top:bottom, left:right]
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        "What the values are computed from, by its names in the model, from the image to the layer; of a chain, the convolutions' weights and biases."
+        "What the values are computed from, by name, in order; of a chain, that of convolutions."
         if self.chain is None: return {name: self.model.get_parameter(name) for name in self._names}
         return {f"{link.name}.{n}": p for link in self.chain if isinstance(link.module, nn.Conv2d)
                 for n, p in link.module.named_parameters()}
@@ -244,8 +244,8 @@ class Pathway:
     def __call__(self,
         x: torch.Tensor,  # crops of images, (N, 3, h, w), as the network takes them
         weights: dict[str, torch.Tensor] | None = None,  # to use instead of the model's, by name
-        unit: int | None = None,  # compute one unit of the layer; its weight may then be given as one row
-        convolve: Callable | None = None,  # in a chain, another way of convolving: from a weight's name, its layer and the padded input to the layer's output
+        unit: int | None = None,  # compute one unit; its weight may then be given as one row
+        convolve: Callable | None = None,  # in a chain, from name, layer and padded input to output
     ) -> torch.Tensor:  # pre-activations, (N, units) or (N,)
         "The layer's values at the position."
         (top, bottom), (left, right) = self.window
@@ -263,7 +263,7 @@ class Pathway:
 
     @functools.cached_property
     def _names(self) -> list[str]:
-        "The parameters from which a way leads to the values, found in the graph that autograd records."
+        "The parameters from which a way leads to the values, by the graph that autograd records."
         own = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
         like, names = next(iter(own.values())), {id(p): name for name, p in own.items()}
         x = torch.zeros(1, *self.size, device=like.device, dtype=like.dtype)
@@ -296,7 +296,7 @@ class Pathway:
         return x.flatten(1)
 
     def _convolve(self, weights, unit, name, conv, x):
-        "A convolution by the weights given or the layer's own; in the pathway's layer, for one unit only."
+        "A convolution by the weights given or its own; in the pathway's layer, for one unit only."
         layer = name.removesuffix(".weight")
         rows = slice(None) if unit is None or layer != self.layer else slice(unit, unit + 1)
         weight, bias = weights.get(name, conv.weight), weights.get(f"{layer}.bias", conv.bias)
@@ -318,8 +318,8 @@ class Pathway:
 def pathway(
     model: nn.Module,  # in evaluation mode
     layer: str,  # a convolution or a linear layer
-    size: tuple[int, ...] = (224, 224),  # height and width of the images, after their channels if those are not three
-    position: tuple[int, ...] | None = None,  # row and column in the layer's map, by default the centre; of tokens (token,), by default the first
+    size: tuple[int, ...] = (224, 224),  # of images; before them their channels, if not 3
+    position: tuple[int, ...] | None = None,  # (row, column) or (token,); centre, or the first
 ) -> Pathway:
     "The cheapest exact way to a layer's units at one position."
     check_evaluation(model)

@@ -43,7 +43,7 @@ def contrast(
     other: np.ndarray,  # the same for another group
     unit: Unit | str | None = None,  # a unit of the layer to be driven as well
 ) -> Direction:
-    "The direction, of length 1, from the mean of the other group to the mean of the own; the unit, if given, counts as much again."
+    "The direction, of length 1, from the other group's mean to the own; a unit counts as much."
     groups = [torch.as_tensor(g, dtype=torch.float32) for g in (own, other)]
     if any(g.ndim != 2 or not len(g) for g in groups) or groups[0].shape[1] != groups[1].shape[1]:
         raise ValueError("both groups must be (N, units) of the same layer, got "
@@ -70,7 +70,7 @@ class _Objective:
 class _NotYet(Exception): "A layer that an objective asks for and that has not been read."
 
 def _by_name(model: nn.Module, values: dict[str, torch.Tensor]) -> Callable:
-    "A function that gives a layer's values by its name, with dots or underscores; `input` is the picture."
+    "From a layer's name, with dots or underscores, to its values; `input` is the picture."
     dotted = {name.replace(".", "_"): name for name, _ in model.named_modules()}
     def get(name):
         name = dotted.get(name, name)
@@ -103,7 +103,7 @@ def _value(model: nn.Module, values: dict[str, torch.Tensor], target: Unit | Dir
 # %% ../nbs/23_optvis.ipynb #5aadad4c
 def _parameters(model: nn.Module, targets: list, given: dict[str, torch.Tensor] | None) -> dict[
     str, torch.Tensor]:
-    "The model's parameters, detached, some replaced; in the layer of a single unit one row may stand for it."
+    "The model's parameters, detached, some replaced; one row may stand for a single unit's layer."
     own = {name: p.detach() for name, p in model.named_parameters()}
     row = (f"{targets[0].layer}.weight" if len(targets) == 1 and isinstance(targets[0], Unit)
            else None)
@@ -228,11 +228,13 @@ def _too_small(run: Callable, shape: tuple[int, int], names: list[str], problem:
     layers, below = ", ".join(f"'{n}'" for n in names), min(shape)
     above = next((n for n in (below << k for k in range(11)) if n <= 1024 and fits(n)), None)
     if above in (None, below):
-        return f"{layers} cannot be computed for images of {shape[0]} × {shape[1]} pixels ({problem}); if the network takes one size only, name it as `resize`"
+        return (f"{layers} cannot be computed for images of {shape[0]} × {shape[1]} pixels "
+                f"({problem}); if the network takes one size only, name it as `resize`")
     while above - below > 1:
         middle = (above + below)//2
         below, above = (below, middle) if fits(middle) else (middle, above)
-    return f"images of {shape[0]} × {shape[1]} pixels are too small for {layers}; the least size is {above}"
+    return (f"images of {shape[0]} × {shape[1]} pixels are too small for {layers}; the least size "
+            f"is {above}")
 
 # %% ../nbs/23_optvis.ipynb #2a94a504
 def _lucent():
@@ -244,7 +246,7 @@ def _lucent():
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    "Within this context all randomness on the host is the same each time; outside it none is used up."
+    "Within this context the host's randomness is the same each time; outside it none is used up."
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:
@@ -257,7 +259,7 @@ def _own_randomness() -> Iterator[None]:
 
 def _canvas(param, size: int, seeds: list[int], fft: bool,
             decorrelate: bool) -> tuple[torch.Tensor, Callable]:
-    "Lucent's parameters of a batch, each picture started from its own seed, and the function that turns them into pictures."
+    "Lucent's parameters of a batch, one seed for each picture, and what makes pictures of them."
     start = lambda count: param.image(size, batch=count, fft=fft, decorrelate=decorrelate)
     (parameters,), picture = start(len(seeds))
     with torch.no_grad():
@@ -268,7 +270,7 @@ def _canvas(param, size: int, seeds: list[int], fft: bool,
     return parameters, picture
 
 def _alike(layer: torch.Tensor) -> torch.Tensor:
-    "The cosine between the Gram matrices of the channels: the sum over the other images, mean over images."
+    "Cosine between Gram matrices of channels, summed over the other images, mean over images."
     maps = F.relu(layer).reshape(*layer.shape[:2], -1)
     grams = F.normalize((maps @ maps.mT).flatten(1), dim=1)
     cosines = grams @ grams.T
@@ -305,23 +307,23 @@ def _check_settings(targets, size, steps, seeds, diversity, rate) -> None:
 # %% ../nbs/23_optvis.ipynb #ebc65d77
 def visualise(
     model: nn.Module,  # in evaluation mode
-    targets: Unit | str | Direction | Callable | Sequence,  # a unit such as `features.10:9`, a direction, an objective of Lucent's, or a list of them
+    targets: Unit | str | Direction | Callable | Sequence,  # one or a list; a text is a unit's name
     *,
     size: int = 224,  # height and width of the picture
     steps: int = 256,  # of gradient ascent
-    seed: int | Sequence[int] = 0,  # of the starting noise; several: one picture of each target for each
+    seed: int | Sequence[int] = 0,  # of the starting noise; a picture of each target for each
     at: str = "mean",  # "mean" over positions, at the "centre", or the "maximum"
     when: str = "pre",  # "pre": before the ReLU; "post": after it
     diversity: float = 0.,  # weight of the term that keeps pictures of one target apart
-    weights: dict[str, torch.Tensor] | None = None,  # parameters to use instead of the model's, by name, such as a circuit's masked ones
+    weights: dict[str, torch.Tensor] | None = None,  # a circuit's, say, instead of the model's
     rate: float = .05,  # learning rate of Adam
-    transforms: Sequence[Callable] | None = None,  # of each step, as Lucent's; None: its standard ones; (): none
-    resize: int | None = None,  # size of the image that the network is given, after the transforms; None: as it comes
-    prepare: Callable = imagenet_input,  # (N, 3, H, W) bytes to what the model takes; may shift and scale channels
+    transforms: Sequence[Callable] | None = None,  # of each step; None: Lucent's standard ones
+    resize: int | None = None,  # size that the network is given; None: as it comes
+    prepare: Callable = imagenet_input,  # bytes to inputs; may shift and scale channels
     fft: bool = True,  # optimise a Fourier transform of the picture, not its pixels
     decorrelate: bool = True,  # optimise uncorrelated colours
-) -> np.ndarray:  # (targets · seeds, size, size, 3), in 0..1; the pictures of a target stand together
-    "Draw the image that a unit answers to most (Olah, Mordvintsev and Schubert 2017), with Lucent's parametrisation and transforms."
+) -> np.ndarray:  # (targets · seeds, size, size, 3), in 0..1, target by target
+    "Draw what a unit answers to most (Olah, Mordvintsev and Schubert 2017), by Lucent's means."
     targets = (list(targets) if isinstance(targets, Sequence) and not isinstance(targets, str)
                else [targets])
     seeds = [operator.index(s) for s in np.atleast_1d(seed)]
@@ -333,8 +335,8 @@ def visualise(
     with _own_randomness():
         parameters, picture = _canvas(param, size, seeds*len(targets), fft, decorrelate)
         optimiser = torch.optim.Adam([parameters], lr=rate)
-        for step in progress(range(steps),
-                             f"drawing for {getattr(targets[0], 'name', targets[0])}{' ...' if len(targets) > 1 else ''}"):
+        first, more = getattr(targets[0], "name", targets[0]), " ..."*(len(targets) > 1)
+        for step in progress(range(steps), f"drawing for {first}{more}"):
             loss = _loss(reader, move(picture()), size, diversity)
             if not loss.isfinite():
                 raise FloatingPointError(f"the value to be driven is not finite at step {step}; "
@@ -355,11 +357,11 @@ def preference(
     *,
     at: str = "mean",  # "mean" over positions, at the "centre", or the "maximum"
     when: str = "pre",  # "pre": before the ReLU; "post": after it
-    weights: dict[str, torch.Tensor] | None = None,  # parameters to use instead of the model's, by name
+    weights: dict[str, torch.Tensor] | None = None,  # by name, instead of the model's
     resize: int | None = None,  # size of the image that the network is given; None: as it comes
-    prepare: Callable = imagenet_input,  # (N, 3, H, W) bytes to what the model takes; may shift and scale channels
+    prepare: Callable = imagenet_input,  # bytes to inputs; may shift and scale channels
 ) -> np.ndarray:  # (N,)
-    "What a unit or direction makes of finished pictures: the value that `visualise` drives, without transforms."
+    "A unit's or direction's value for finished pictures: what `visualise` drives, untransformed."
     pictures = np.asarray(pictures, dtype=np.float32)
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or not pictures.size:
         raise ValueError(f"pictures must be (N, H, W, 3), got {pictures.shape}")
@@ -383,7 +385,7 @@ def fine_detail(
     pictures: np.ndarray,  # (N, H, W, 3), in 0..1
     above: float = .25,  # cycles per pixel; there are none above 0.5 in a row or column
 ) -> np.ndarray:  # (N,), in 0..1
-    "The share of the spectrum's energy at high spatial frequencies; the mean colour does not count."
+    "The share of the spectrum's energy at high frequencies; the mean colour does not count."
     power = np.abs(np.fft.fft2(pictures - pictures.mean((1, 2), keepdims=True), axes=(1, 2)))**2
     high = np.hypot(*np.meshgrid(*[np.fft.fftfreq(n) for n in pictures.shape[1:3]],
                                  indexing="ij")) > above

@@ -1,4 +1,4 @@
-"One unit from its pixels alone equals the same unit in the whole network; receptive fields against gradients."
+"One unit from its pixels alone and in the whole network; receptive fields against gradients."
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,7 @@ def test_crop_equals_other_networks(name, layer, size):
 
 
 def all_positive(model):
-    "Averages for maxima, no ReLU6, positive weights: every pixel of the field then has a positive gradient."
+    "Averages for maxima, no ReLU6, positive weights: every pixel then has a positive gradient."
     for parent in list(model.modules()):
         for name, m in list(parent.named_children()):
             if isinstance(m, nn.MaxPool2d):
@@ -255,7 +255,7 @@ def test_images_are_not_written_to():
 # ---- the field of whatever the forward pass does
 
 class Free(nn.Module):
-    "Control flow on values, functional layers, padding by hand, a reused convolution: what `torch.fx` cannot trace."
+    "Control flow, functional layers, padding by hand, a reused convolution: not for `torch.fx`."
     def __init__(self):
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1)

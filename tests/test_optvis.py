@@ -1,4 +1,4 @@
-"Images a unit prefers: against Lucent, against brute force, on filters whose taste is known, and what is refused."
+"Images a unit prefers: against Lucent and brute force, on filters of known taste; and refusals."
 import math
 import random
 import sys
@@ -208,7 +208,7 @@ def test_the_value_rises_and_beats_random_images(target):
 
 
 def test_with_lucents_transforms_as_lucent_does():
-    "The same start, the same transforms, the same objective: the same picture as Lucent's own loop."
+    "The same start, transforms and objective: the same picture as Lucent's own loop."
     net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(4, 4, 5)).eval()
     ours = visualise(net, "1:2", size=224, steps=4, seed=3)
     def start():

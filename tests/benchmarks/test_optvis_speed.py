@@ -1,4 +1,4 @@
-"A step of gradient ascent on AlexNet's `features.10:9`: Lucent's own loop and ours, turn by turn, at the same settings."
+"A step of gradient ascent on AlexNet's `features.10:9`: Lucent's own loop and ours in turn."
 import copy
 import statistics
 import time
@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 
 def lucents(model, size, steps, batch):
-    "As anyone would call it; the hooks that it leaves behind would slow its later calls down, so they are removed here."
+    "As anyone would call it; its hooks would slow its later calls down, so they are removed here."
     render.render_vis(model, "features_10:9",
                       lambda: param.image(size, batch=batch), thresholds=(steps,), show_image=False,
                       progress=False)

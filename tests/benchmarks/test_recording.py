@@ -1,4 +1,4 @@
-"Recording AlexNet's `features.10` and training a mask on it: the receptive field alone against the usual ways, turn by turn."
+"Recording AlexNet's `features.10` and training a mask: the receptive field alone, and usual ways."
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +7,10 @@ import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 from turns import interleaved
 
-from superpos.activation import _advance, _empty
+from superpos.activation import _advance, _empty, _Read, _Reader
 from superpos.field import pathway
 from superpos.mask import Layout
-from superpos.model import layer_outputs
+from superpos.model import imagenet_input, layer_outputs
 from superpos.score import relevant_weights
 
 
@@ -35,9 +35,9 @@ def full_model_with_hook(model, x):
 def report(benchmark, seconds, baseline, count):
     ours = list(seconds)[-1]
     for name, s in seconds.items():
-        benchmark.extra_info[
-            name] = f"{count/s:.1f} images/s, {seconds[baseline]/s:.2f} times '{baseline}'"
-        print(f"\n  {name}: {benchmark.extra_info[name]}", end="")
+        said = f"{count/s:.1f} images/s, {seconds[baseline]/s:.2f} times '{baseline}'"
+        benchmark.extra_info[name] = said
+        print(f"\n  {name}: {said}", end="")
     return seconds[baseline]/seconds[ours]
 
 
@@ -45,15 +45,28 @@ def report(benchmark, seconds, baseline, count):
 def test_recording(benchmark, setting):
     model, x, path, crop = setting
     extractor = create_feature_extractor(model, ["features.10"])
-    ways = {"full model with a hook": lambda: full_model_with_hook(model,
-                                                                   x), "torchvision's extractor": lambda: extractor(x),
-            "pass ended at the layer": lambda: layer_outputs(model, ["features.10"],
-                                                             x), "receptive field": lambda: path(
-                                                                 path.crop(x)),
+    ways = {"full model with a hook": lambda: full_model_with_hook(model, x),
+            "torchvision's extractor": lambda: extractor(x),
+            "pass ended at the layer": lambda: layer_outputs(model, ["features.10"], x),
+            "receptive field": lambda: path(path.crop(x)),
             "receptive field, channels_last": lambda: path(crop)}
     torch.testing.assert_close(path(crop), full_model_with_hook(model, x), rtol=1e-4, atol=1e-5)
     report(benchmark, interleaved(ways), "full model with a hook", len(x))
     benchmark(ways["receptive field, channels_last"])
+
+
+@pytest.mark.parametrize("at,batches", [("strongest", (8, 64)), ("centre", (16, 64))])
+def test_size_of_a_batch(benchmark, setting, at, batches):
+    "Whole images, and windows, as many at a time as a survey takes, against 64."
+    model = setting[0]
+    images = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8)
+    reader = _Reader(model, "features.10", images[0].shape, at, "pre", imagenet_input, False)
+    crops = reader.crop(images)
+    def run(batch):
+        for x in crops.split(batch): list(reader(x))
+    ways = {f"{batch} at a time": lambda batch=batch: run(batch) for batch in reversed(batches)}
+    report(benchmark, interleaved(ways, 3), "64 at a time", len(images))
+    benchmark.pedantic(ways[f"{batches[0]} at a time"], rounds=1)
 
 
 def test_mask_training_step(benchmark, setting):
@@ -80,16 +93,18 @@ def test_mask_training_step(benchmark, setting):
 def test_survey(benchmark, setting):
     "What keeping the strongest 100 images of 256 units adds to recording them."
     torch.manual_seed(0)
+    batches = [_Read(values) for values in torch.randn(50, 64, 256)]
     empty = lambda: _empty("features.10", SimpleNamespace(how=""),
-                           dict(k=100, images=["random", 50_000], sample=2048, seed=0), 256)
-    batches = torch.randn(50, 64, 256)
+                           dict(k=100, images=["random", 50_000], sample=2048, seed=0,
+                                vectors=False), batches[0])
     def keep():
         found = empty()
-        for values in batches: found = _advance(found, values)
+        for read in batches: found = _advance(found, read)
     model, x, path, crop = setting
     seconds = interleaved({"recording": lambda: path(crop), "keeping": keep})
     share = seconds["keeping"]/len(batches)/seconds["recording"]
-    benchmark.extra_info[
-        "keeping"] = f"{share:.1%} of the recording's time, over the first {64*len(batches):,} images, when most is new"
-    print(f"\n  keeping the strongest: {benchmark.extra_info['keeping']}", end="")
+    said = (f"{share:.1%} of the recording's time, over the first {64*len(batches):,} images, when "
+            "most is new")
+    benchmark.extra_info["keeping"] = said
+    print(f"\n  keeping the strongest: {said}", end="")
     benchmark.pedantic(keep, rounds=1)

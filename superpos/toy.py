@@ -115,8 +115,8 @@ def _per_feature(name: str, value, n: int) -> torch.Tensor:
 # %% ../nbs/10_toy.ipynb #094c9e8d
 def _check_weights(density, importance, n: int) -> dict[str, torch.Tensor]:
     "Both as tensors (instances, n)."
-    density, importance = _per_feature("density", density, n), _per_feature("importance",
-                                                                            importance, n)
+    density = _per_feature("density", density, n)
+    importance = _per_feature("importance", importance, n)
     for name, value, good, wanted in (
             ("density", density, (density > 0) & (density <= 1), "lie in (0, 1]"),
             ("importance", importance, (importance >= 0) & importance.isfinite(),

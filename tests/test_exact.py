@@ -1,11 +1,11 @@
-"The exact loss against examples, scipy's quadrature, finer quadrature, closed forms and finite differences; the optimum against the three-way map."
+"The exact loss against examples, quadrature, closed forms and differences; the optimum, borders."
 import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import integrate
+from scipy import integrate, optimize
 
 from superpos import exact
 from superpos.exact import (
@@ -16,6 +16,7 @@ from superpos.exact import (
     optimum,
     patterns,
     phase,
+    phase_boundary,
     relu_mean,
 )
 from superpos.toy import Features, Toy, untrained_toy
@@ -66,7 +67,8 @@ def test_adaptive_quadrature(kind, seed):
         y = readout@(np.maximum(h, 0) if kind in ("relu_hidden", "absolute") else h) + b
         return ((np.array(x) - (y if kind == "linear" else np.maximum(y, 0)))**2)@np.array([1., .5])
     p, settings = float(features.density[0, 0]), dict(epsabs=1e-9, epsrel=1e-9, limit=200)
-    one = [integrate.quad(lambda u: error(*np.eye(2)[i]*u), 0, 1, **settings)[0] for i in range(2)]
+    one = [integrate.quad(line, 0, 1, **settings)[0]
+           for line in (lambda u: error(u, 0.), lambda u: error(0., u))]
     two = integrate.dblquad(lambda v, u: error(u, v), 0, 1, 0, 1, epsabs=1e-7, epsrel=1e-7)[0]
     expected = (1 - p)**2*error(0., 0.) + p*(1 - p)*sum(one) + p*p*two
     assert expected_loss(toy, features).item() == pytest.approx(expected, rel=2e-6)
@@ -74,18 +76,17 @@ def test_adaptive_quadrature(kind, seed):
 
 def test_relu_mean_by_hand():
     a, b = torch.tensor([.5, -1.], dtype=torch.float64), torch.tensor(.25, dtype=torch.float64)
+    second, flat = torch.tensor([False, True]), torch.zeros(3, dtype=torch.float64)
+    ramp = lambda v, u, power: max(.25 + .5*u - v, 0)**power
+    settings = dict(epsabs=1e-10)
     for power in (1, 2):
-        plain = integrate.dblquad(lambda v, u: max(.25 + .5*u - v,
-                                                   0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
-        times = integrate.dblquad(lambda v, u: v*max(.25 + .5*u - v,
-                                                     0)**power, 0, 1, 0, 1, epsabs=1e-10)[0]
+        plain = integrate.dblquad(ramp, 0, 1, 0, 1, (power,), **settings)[0]
+        times = integrate.dblquad(lambda v, u, k: v*ramp(v, u, k), 0, 1, 0, 1, (power,),
+                                  **settings)[0]
         assert relu_mean(a, b, power).item() == pytest.approx(plain, rel=1e-6)
-        assert (relu_mean(a, b, power, torch.tensor([False, True])).item()
-                == pytest.approx(times, rel=1e-6))
-    assert (relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(-.1, dtype=torch.float64),
-                      2) == 0)
-    assert relu_mean(torch.zeros(3, dtype=torch.float64), torch.tensor(.5, dtype=torch.float64),
-                     2).item() == pytest.approx(.25)
+        assert relu_mean(a, b, power, second).item() == pytest.approx(times, rel=1e-6)
+    assert relu_mean(flat, a.new_tensor(-.1), 2) == 0
+    assert relu_mean(flat, a.new_tensor(.5), 2).item() == pytest.approx(.25)
 
 
 @pytest.mark.parametrize("ratio", [.02, .0101, .0099, .001, 1e-6, 0.])
@@ -125,10 +126,8 @@ def test_gradient(kind, signed):
     names = [name for name in "WbV" if getattr(toy, name) is not None]
     step = {name: 1e-6*torch.randn(getattr(toy, name).shape, generator=draw, dtype=torch.float64)
             for name in names}
-    up, down = (expected_loss(dataclasses.replace(toy,
-                                                  **{n: getattr(toy, n) + sign*s
-                                                     for n, s in step.items()}), features)
-                for sign in (1, -1))
+    moved = ({n: getattr(toy, n) + sign*s for n, s in step.items()} for sign in (1, -1))
+    up, down = (expected_loss(dataclasses.replace(toy, **changed), features) for changed in moved)
     predicted = sum((getattr(slope, n)*s).flatten(2).sum(-1) for n, s in step.items())
     torch.testing.assert_close((up - down)/2, predicted, rtol=1e-5, atol=1e-12)
     assert slope.kind == kind and slope.W.shape == toy.W.shape
@@ -137,8 +136,9 @@ def test_gradient(kind, signed):
 def test_gradcheck():
     features = Features(3, density=.5)
     toy = models(features, 2, "relu_output", 1)
-    assert torch.autograd.gradcheck(lambda W, b: expected_loss(Toy(W, b), features), (
-        toy.W.requires_grad_(), toy.b.requires_grad_()), eps=1e-6, atol=1e-7)
+    given = toy.W.requires_grad_(), toy.b.requires_grad_()
+    total = lambda W, b: expected_loss(Toy(W, b), features)
+    assert torch.autograd.gradcheck(total, given, eps=1e-6, atol=1e-7)
 
 
 def test_leading_axes_do_not_mix():
@@ -181,14 +181,67 @@ def test_phase_diagram():
     torch.testing.assert_close(expected_loss(found.toy, features)[:, 0], found.loss, rtol=1e-9,
                                atol=0)
     slope = gradient(found.toy, features)
-    torch.testing.assert_close((slope.W.flatten(1).square().sum(1)
-                                + slope.b.flatten(1).square().sum(1)).sqrt(), found.gradient_norm,
-                               rtol=1e-3, atol=1e-9)
+    norm = torch.cat([slope.W.flatten(1), slope.b.flatten(1)], 1).norm(dim=1)
+    torch.testing.assert_close(norm, found.gradient_norm, rtol=1e-3, atol=1e-9)
     named, expected = phase(found.toy)[:, 0], losses.argmin(-1)
     assert .96 <= (named == expected).double().mean() <= .99
     margin = losses.sort(-1).values
     # the map is wrong only where two phases are nearly as good
     assert (named == expected)[margin[:, 1] > 1.5*margin[:, 0]].all()
+
+
+midpoints = np.meshgrid(*2*[(np.arange(400) + .5)/400], indexing="ij")
+
+
+def plain_loss(model, p, r):
+    "The loss of (w1, w2, b1, b2) by the midpoint rule, pattern by pattern."
+    (w1, w2, b1, b2), total = model, 0.
+    for on1, on2 in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        x1, x2 = midpoints[0]*on1, midpoints[1]*on2
+        h, chance = w1*x1 + w2*x2, (p if on1 else 1 - p)*(p if on2 else 1 - p)
+        error = (np.maximum(w1*h + b1, 0) - x1)**2 + r*(np.maximum(w2*h + b2, 0) - x2)**2
+        total += chance*error.mean()
+    return total
+
+
+@pytest.mark.parametrize("r,ratio", [(.08, 1.1395), (.37, 1.0913), (1.3, 1.1138), (1.9, 1.0912)])
+def test_the_true_border_is_where_two_minima_cost_the_same(r, ratio):
+    border = phase_boundary(r).item()
+    # twice the tolerance of the search, and the rounding of the number
+    assert border/antipodal_boundary(r).item() == pytest.approx(ratio, abs=1e-4)
+    best = []
+    for p in (.997*border, 1.003*border):  # the midpoint rule is off by a few parts in 10⁵
+        starts = [[1, -1, 0, 0], [.7, -1, .1, 0], [1, -.7, 0, .1]]
+        starts += [[1, -.1, 0, p/2], [-.1, 1, p/2, 0], [.3, 1, p/2, 0], [1, .3, 0, p/2]]
+        found = [optimize.minimize(lambda x, p=p: plain_loss(x, p, r)/p, start) for start in starts]
+        best.append(abs(min(found, key=lambda f: f.fun).x[:2]).min())
+    assert best[0] > .55 and best[1] < .45, best
+
+
+def test_the_true_border_has_no_gaps():
+    r = torch.tensor([[.01, .5, .97], [1., 1.03, 100.]])
+    border = phase_boundary(r)
+    assert border.shape == r.shape
+    torch.testing.assert_close(border, phase_boundary(1/r), rtol=3e-6, atol=0)
+    assert (border > 1.08*antipodal_boundary(r)).all()
+    assert (border < 1.25*antipodal_boundary(r)).all()
+    torch.testing.assert_close(phase_boundary(.5), border[0, 1], rtol=3e-6, atol=0)
+
+
+def test_curvature():
+    # pairs: at a model that ignores a feature the loss has a kink, and no Hessian
+    features = Features(2, density=torch.tensor([[.1], [.4]]), importance=[1., .7])
+    found = optimum(features, 1, starts=8)
+    for i in range(2):
+        x = torch.cat([found.toy.W[i].flatten(), found.toy.b[i].flatten()])
+        total = lambda x, i=i: expected_loss(Toy(x[None, None, None, :2], x[None, None, 2:]),
+                                             features[i]).sum()
+        hessian = torch.autograd.functional.hessian(total, x)
+        smallest = torch.linalg.eigvalsh(hessian)[0].item()
+        assert found.curvature[i].item() == pytest.approx(smallest, rel=1e-3)
+    # a turn of the plane costs nothing
+    turned = optimum(Features(3, density=.1), 2, starts=8)
+    assert abs(turned.curvature.item()) < 1e-4 and turned.gradient_norm < 1e-6
 
 
 @pytest.mark.parametrize("kind,n,m", [("linear", 2, 1), ("relu_hidden", 2, 2), ("absolute", 1, 2)])
@@ -218,15 +271,20 @@ def test_more_starts_are_never_worse():
     (lambda: patterns(Features(9, density=.1)), "up to 6"),
     (lambda: optimum(Features(4, density=.5), 2, "absolute"), "4 features can be active at "
      "once.*up to 3"),
-    (lambda: expected_loss(models(Features(3), 2, "relu_output"),
-                           Features(2)), r"shape \(1, 3, 2, 3\) do not fit 1 instances of 2"),
-    (lambda: expected_loss(models(Features(2), 2, "relu_output"),
-                           Features(2, density=[[.1], [.2]])), "do not fit 2 instances"),
-    (lambda: expected_loss(Toy(torch.ones(1, 2), torch.zeros(2)),
-                           Features(2)), r"W is \(instances, seeds, m, n\)"),
+    (lambda: expected_loss(models(Features(3), 2, "relu_output"), Features(2)),
+     r"shape \(1, 3, 2, 3\) do not fit 1 instances of 2"),
+    (lambda: expected_loss(models(Features(2), 2, "relu_output"), Features(2, [[.1], [.2]])),
+     "do not fit 2 instances"),
+    (lambda: expected_loss(Toy(torch.ones(1, 2), torch.zeros(2)), Features(2)),
+     r"W is \(instances, seeds, m, n\)"),
     (lambda: optimum(Features(2), 1, starts=0), "starts must be at least 1, got 0"),
     (lambda: optimum(Features(2), 1, "relu"), "no model of kind 'relu'"),
-    (lambda: phase(models(Features(3), 2,
-                          "relu_output")), "2 features in 1 dimension, got 3 in 2")])
+    (lambda: closed_forms(2, 1), r"p must lie in \(0, 1\], got 2"),
+    (lambda: closed_forms(.5, -1.), "r must be finite and above 0, got -1"),
+    (lambda: antipodal_boundary(-1), "r must be finite and above 0, got -1"),
+    (lambda: antipodal_boundary([1., float("nan")]), "r must be finite and above 0, got nan"),
+    (lambda: phase_boundary(-1), "r must be finite and above 0, got -1"),
+    (lambda: phase(models(Features(3), 2, "relu_output")),
+     "2 features in 1 dimension, got 3 in 2")])
 def test_bad_input(wrong, message):
     with pytest.raises(ValueError, match=message): wrong()

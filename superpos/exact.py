@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['phases', 'patterns', 'relu_mean', 'expected_loss', 'gradient', 'Optimum', 'optimum', 'closed_forms',
-           'antipodal_boundary', 'phase']
+           'antipodal_boundary', 'phase', 'phase_boundary']
 
 # %% ../nbs/12_exact.ipynb #f12ea416
 import dataclasses
@@ -39,15 +39,15 @@ def _probabilities(features: Features, active: torch.Tensor) -> torch.Tensor:
 
 def patterns(
     features: Features,  # up to 6
-) -> tuple[np.ndarray, torch.Tensor]:  # signs −1, 0 (inactive) or 1: (patterns, n); their probabilities: (instances, patterns)
+) -> tuple[np.ndarray, torch.Tensor]:  # signs −1, 0, 1: (patterns, n); (instances, patterns)
     "Every pattern of active features that can occur, and how probable it is in each instance."
     if features.n > 6:
         raise ValueError(f"{features.n} features have {2**features.n} patterns; the exact loss is "
                          "for up to 6, use superpos.toy.expected_loss (sampled) for more")
     signs = np.array(list(itertools.product((-1, 0, 1) if features.signed else (0, 1),
                                             repeat=features.n)))
-    probability = _probabilities(features, torch.from_numpy(signs != 0))/torch.from_numpy(
-        2.**(features.signed*abs(signs).sum(1)))
+    ways = torch.from_numpy(2.**(features.signed*abs(signs).sum(1)))
+    probability = _probabilities(features, torch.from_numpy(signs != 0))/ways
     occurs = (probability > 0).any(0)
     return signs[occurs], probability[:, occurs]
 
@@ -65,17 +65,17 @@ def _rules(slope, start, times):
     times, (nodes, gauss) = times[..., None], _unit_gauss(3)
     weight = torch.where(times, torch.stack([over**2, -over**2, over], -1),
                          torch.stack([-over, over, torch.zeros_like(over)], -1))
+    added = torch.where(times, torch.tensor([2, 2, 1]), torch.tensor([1, 1, 0]))
     return (torch.where(corners, torch.tensor([0., 1., 1.], dtype=torch.float64), nodes),
             torch.where(corners, weight, torch.where(times, gauss*nodes, gauss)),
-            torch.where(corners, torch.where(times, torch.tensor([2, 2, 1]),
-                                             torch.tensor([1, 1, 0])), 0))
+            torch.where(corners, added, 0))
 
 # %% ../nbs/12_exact.ipynb #45cf5612
 def relu_mean(
     slope: torch.Tensor,  # a: (..., k), float64
     start: torch.Tensor,  # b: (...)
     power: int,  # of the ReLU
-    times: torch.Tensor | None = None,  # bool (k,) or (..., k), at most one true in a row: the coordinate to multiply with
+    times: torch.Tensor | None = None,  # bool (..., k), at most one true: multiply with it
 ) -> torch.Tensor:  # (...)
     "E[(b + a·u)₊^power], or E[u_j (b + a·u)₊^power], for u uniform on the unit cube."
     times = torch.zeros(slope.shape[-1], dtype=torch.bool) if times is None else times
@@ -85,8 +85,8 @@ def relu_mean(
     node, by, more = _rules(slope, start, times)
     for j in range(slope.shape[-1]):
         s = (s[..., None] + (slope[..., j, None]*node[..., j, :])[..., None, :]).flatten(-2)
-        weight, added = (weight[..., None]*by[..., j, None, :]).flatten(-2), (
-            added[..., None] + more[..., j, None, :]).flatten(-2)
+        weight = (weight[..., None]*by[..., j, None, :]).flatten(-2)
+        added = (added[..., None] + more[..., j, None, :]).flatten(-2)
     s = s.clamp(min=0)
     value = s**power
     for n in range(1, slope.shape[-1] + 1 + int(times.any())):
@@ -95,7 +95,7 @@ def relu_mean(
 
 # %% ../nbs/12_exact.ipynb #a7b2cde1
 def _relu_output(A, b, sign):
-    "Expected squared error of every output under one pattern: A (..., n, n), b (..., n) -> (..., n)."
+    "Expected squared error of every output (..., n) under one pattern; A (..., n, n), b (..., n)."
     on = torch.from_numpy(np.flatnonzero(sign))
     direction = torch.from_numpy(sign).double()[on]
     slope = A[..., on]*direction
@@ -105,15 +105,15 @@ def _relu_output(A, b, sign):
 def _linear(A, b, signs, probability):
     s = torch.from_numpy(signs).double()
     mean = probability@s/2
-    second = (torch.einsum("...p,pi,pj->...ij", probability, s,
-                           s)*(torch.full((A.shape[-1],)*2, 1/4)
-                               + torch.eye(A.shape[-1])/12).double())
-    A = A - torch.eye(A.shape[-1])
+    one = torch.eye(A.shape[-1])
+    product = (1/4 + one/12).double()
+    second = torch.einsum("...p,pi,pj->...ij", probability, s, s)*product
+    A = A - one
     return (A@second*A).sum(-1) + 2*b*(A@mean[..., None])[..., 0] + b**2
 
 # %% ../nbs/12_exact.ipynb #3f04635e
 def _along_rays(c, b, aim, k):
-    "∫₀¹ds∫₀¹dt t^(k−1) (aim·t − ReLU(c·t + b))² for c and aim linear in s, each given at both ends; k ≥ 2."
+    "∫₀¹ds∫₀¹dt t^(k−1) (aim·t − ReLU(c·t + b))², c and aim linear in s; k ≥ 2."
     (c0, c1), (a0, a1) = c, aim
     above = (c0 + c1)/2 + b > 0
     squares = lambda u, v: (u*u + u*v + v*v)/3
@@ -132,44 +132,47 @@ def _along_rays(c, b, aim, k):
 def _edges(breaks):
     "Zero, the breaks (..., B) inside the unit interval in order, one: (..., B + 2)."
     inside = breaks.nan_to_num(0., 0., 0.).clamp(0, 1).sort(-1).values
-    return torch.cat([torch.zeros_like(inside[..., :1]), inside, torch.ones_like(inside[..., :1])],
-                     -1)
+    ends = torch.zeros_like(inside[..., :1]), torch.ones_like(inside[..., :1])
+    return torch.cat([ends[0], inside, ends[1]], -1)
 
 def _zeros(edges, value):
-    "Where functions (..., P + 1) that are linear between `edges` are zero: (..., P); the end of the piece if nowhere."
-    (start, end), (left, right) = (edges[..., :-1], edges[..., 1:]), (value[..., :-1],
-                                                                      value[..., 1:])
+    "Where functions (..., P + 1), linear between `edges`, are zero: (..., P); else a piece's end."
+    start, end, left, right = edges[..., :-1], edges[..., 1:], value[..., :-1], value[..., 1:]
     return torch.where(left*right < 0, start + (end - start)*left/(left - right), end)
 
 def _output(base, step, y, v, b):
-    return (((base[..., None, :] + y[..., None]*step[..., None, :]).relu()*v[..., None, :]).sum(-1)
-            + b[..., None])
+    hidden = (base[..., None, :] + y[..., None]*step[..., None, :]).relu()
+    return (hidden*v[..., None, :]).sum(-1) + b[..., None]
 
 @torch.no_grad()
 def _first_coordinate(base, first, v, b):
-    "The edges (..., P + 1) of the first coordinate's pieces: where a neuron switches, or c + b = 0."
+    "Edges (..., P + 1) of the first coordinate's pieces: where a neuron switches, or c + b = 0."
     edges = _edges(-base/first)
-    return _edges(torch.cat([edges[..., 1:-1], _zeros(edges, _output(base, first, edges, v, b))],
-                            -1))
+    bends = _zeros(edges, _output(base, first, edges, v, b))
+    return _edges(torch.cat([edges[..., 1:-1], bends], -1))
 
 @torch.no_grad()
 def _second_coordinate(base, first, second, v, b):
-    "Nodes and weights (..., P) on the second coordinate's pieces: between places where two cuts of the first meet, or one leaves the face."
+    "Nodes, weights (..., P) between where two cuts of the first coordinate meet or one leaves."
     i, j = torch.triu_indices(base.shape[-1], base.shape[-1], 1)
-    meet = (base[..., i]*first[..., j] - base[..., j]*first[..., i])/(second[..., j]*first[..., i]
-                                                                      - second[..., i]*first[
-                                                                          ..., j])
+    across = lambda one, other: one[..., i]*other[..., j] - one[..., j]*other[..., i]
+    meet = -across(base, first)/across(second, first)
     edges = _edges(torch.cat([-base/second, -(base + first)/second, meet], -1))
     there = base[..., None, :] + edges[..., None]*second[..., None, :]
     cuts = _edges(-there/first[..., None, :])
-    bends = _zeros(edges[..., None, :], _output(there, first[..., None, :], cuts, v[..., None, :],
-                                                b[..., None]).mT)
+    outputs = _output(there, first[..., None, :], cuts, v[..., None, :], b[..., None])
+    bends = _zeros(edges[..., None, :], outputs.mT)
     edges = _edges(torch.cat([edges[..., 1:-1], bends.flatten(-2)], -1))
     length, (nodes, weights) = edges.diff(dim=-1)[..., None], _unit_gauss(8)
     return (edges[..., :-1, None] + length*nodes).flatten(-2), (length*weights).flatten(-2)
 
-def _face(U, v, b, unit):
-    "The part of the squared errors (..., n) where the last of k active features is 1; U (..., 1, 1, m, k), v (..., n, 1, m), b (..., n, 1), unit (n, 1, k)."
+def _face(
+    U,  # (..., 1, 1, m, k): what each active feature adds to the hidden layer
+    v,  # (..., n, 1, m): read-out
+    b,  # (..., n, 1)
+    unit,  # (n, 1, k): what each active feature adds to the targets
+):
+    "The part of the squared errors (..., n) where the last of the k active features is 1."
     base, aim, weight, k = U[..., -1], unit[..., -1].expand_as(b), torch.ones_like(b), U.shape[-1]
     base = base.expand(*v.shape)
     if k == 1:
@@ -177,17 +180,16 @@ def _face(U, v, b, unit):
         return (aim**2/3 - 2*aim*relu_mean(c, b, 1, times) + relu_mean(c, b, 2))[..., 0]
     if k == 3:
         y, w = _second_coordinate(base, U[..., 0], U[..., 1], v, b)
-        base, aim, weight = (base + y[..., 0, :, None]*U[..., 1], aim + y[..., 0, :]*unit[..., 1],
-                             w[..., 0, :])
+        y, weight = y[..., 0, :], w[..., 0, :]
+        base, aim = base + y[..., None]*U[..., 1], aim + y*unit[..., 1]
     y = _first_coordinate(base, U[..., 0], v, b)
-    middle = (y[..., 1:] + y[..., :-1])/2
-    c = [0, 0]
+    ends, middle, c = (y[..., :-1], y[..., 1:]), (y[..., 1:] + y[..., :-1])/2, [0, 0]
     for start, step, out in zip(base.unbind(-1), U[..., 0].unbind(-1), v.unbind(-1)):
-        on = (start[..., None] + middle*step[..., None] > 0)*out[..., None]
-        c = [total + (start[..., None] + end*step[..., None])*on
-             for total, end in zip(c, (y[..., :-1], y[..., 1:]))]
-    error = _along_rays(c, b[..., None], [aim[..., None] + end*unit[..., 0, None]
-                                          for end in (y[..., :-1], y[..., 1:])], k)
+        start, step = start[..., None], step[..., None]
+        on = (start + middle*step > 0)*out[..., None]
+        c = [total + (start + end*step)*on for total, end in zip(c, ends)]
+    aims = [aim[..., None] + end*unit[..., 0, None] for end in ends]
+    error = _along_rays(c, b[..., None], aims, k)
     return ((error*y.diff(dim=-1)).sum(-1)*weight).sum(-1)
 
 def _relu_inside(W, V, b, sign, absolute):
@@ -207,9 +209,9 @@ def _errors(kind, W, b, V, signs, probability):
     if kind == "linear": return _linear(W.mT@W, b, signs, probability)
     if kind == "relu_output": each = (_relu_output(W.mT@W, b, sign) for sign in signs)
     else:
-        run = (functools.partial(checkpoint, use_reentrant=False) if torch.is_grad_enabled()
-               and abs(signs).sum(1).max() > 2 else lambda f, *given: f(*given))
-        # for want of memory
+        large = torch.is_grad_enabled() and abs(signs).sum(1).max() > 2  # for want of memory
+        run = (functools.partial(checkpoint, use_reentrant=False) if large
+               else lambda f, *given: f(*given))
         each = (run(_relu_inside, W, W.mT if V is None else V, b, sign, kind == "absolute")
                 for sign in signs)
     return sum(p[..., None]*error for p, error in zip(probability.unbind(-1), each))
@@ -234,7 +236,7 @@ def expected_loss(
 def gradient(
     toy: Toy,  # of any kind
     features: Features,  # as for `expected_loss`
-) -> Toy:  # the derivative of each model's expected loss in the place of each of its parameters, float64
+) -> Toy:  # in the place of each parameter its derivative, float64
     "The gradient of the expected loss."
     given = [None if t is None else t.detach().double().requires_grad_()
              for t in (toy.W, toy.b, toy.V)]
@@ -244,7 +246,7 @@ def gradient(
 
 # %% ../nbs/12_exact.ipynb #6099fff1
 def _minimise(evaluate, x, steps=400, goal=1e-7):
-    "BFGS with backtracking, for every row of x (B, P) by itself; `evaluate(x, rows)` gives losses and gradients."
+    "BFGS with backtracking for every row of x (B, P); `evaluate(x, rows)`: losses, gradients."
     rows, best = torch.arange(len(x)), x.clone()
     loss, slope = evaluate(x, rows)
     inverse = torch.eye(x.shape[1], dtype=x.dtype).repeat(len(x), 1, 1)
@@ -254,9 +256,8 @@ def _minimise(evaluate, x, steps=400, goal=1e-7):
         going = (slope.norm(dim=1) > goal) & (size > 1e-8)
         if not going.all():
             best[rows[~going]] = x[~going]
-            rows, x, loss, slope, inverse, size, fresh = (t[going]
-                                                          for t in (rows, x, loss, slope, inverse,
-                                                                    size, fresh))
+            rows, x, loss, slope, inverse, size, fresh = (
+                t[going] for t in (rows, x, loss, slope, inverse, size, fresh))
             if not len(rows): break
         step = -(inverse@slope[..., None])[..., 0]
         step = step*(size/step.norm(dim=1).clamp(min=1))[:, None]
@@ -271,8 +272,9 @@ def _minimise(evaluate, x, steps=400, goal=1e-7):
         s, y, rate = step[convex], change[convex], 1/curvature[convex, None, None]
         left = torch.eye(x.shape[1], dtype=x.dtype) - rate*s[:, :, None]*y[:, None]
         inverse[convex] = left@inverse[convex]@left.mT + rate*s[:, :, None]*s[:, None]
-        x, loss, slope = (torch.where(good.reshape(-1, *[1]*(old.ndim - 1)), new, old)
-                          for old, new in ((x, x + step), (loss, new_loss), (slope, new_slope)))
+        x = torch.where(good[:, None], x + step, x)
+        slope = torch.where(good[:, None], new_slope, slope)
+        loss = torch.where(good, new_loss, loss)
         size = torch.where(good, 1., size*.4)
     best[rows] = x
     return best
@@ -283,7 +285,17 @@ class Optimum:
     toy: Toy  # one seed, float64
     loss: torch.Tensor  # (instances,), expected
     gradient_norm: torch.Tensor  # (instances,), of all parameters of the model
+    curvature: torch.Tensor  # (instances,), smallest eigenvalue of the Hessian, across any kink
     agreeing: torch.Tensor  # (instances,), how many starts ended within a millionth of this loss
+
+def _curvature(evaluate, x, step=1e-4):
+    "Smallest eigenvalue of the Hessian at every row of x (B, P), by differences of gradients."
+    count = x.shape[1]
+    moves = torch.cat([torch.eye(count, dtype=x.dtype), -torch.eye(count, dtype=x.dtype)])*step
+    rows = torch.arange(len(x)).repeat_interleave(2*count)
+    slopes = evaluate((x[:, None] + moves).flatten(0, 1), rows)[1].unflatten(0, (-1, 2*count))
+    hessian = (slopes[:, :count] - slopes[:, count:])/(2*step)
+    return torch.linalg.eigvalsh((hessian + hessian.mT)/2)[:, 0]
 
 def _unpack(x, m, n, kind):
     W, b, V = x.split([m*n, n, x.shape[-1] - m*n - n], -1)
@@ -316,28 +328,36 @@ def optimum(
     losses, slopes = (t.unflatten(0, (-1, starts)) for t in evaluate(x, torch.arange(len(x))))
     lowest, which = losses.min(1)
     each = torch.arange(len(lowest))
-    return Optimum(Toy(*_unpack(x.unflatten(0, (-1, starts))[each, which][:, None], m, features.n,
-                                kind), kind=kind), lowest,
-                   slopes[each, which].norm(dim=-1),
+    best = x.unflatten(0, (-1, starts))[each, which]
+    curvature = _curvature(lambda x, rows: evaluate(x, rows*starts), best)
+    return Optimum(Toy(*_unpack(best[:, None], m, features.n, kind), kind=kind), lowest,
+                   slopes[each, which].norm(dim=-1), curvature,
                    (losses <= lowest[:, None]*(1 + 1e-6) + 1e-15).sum(1))
 
 # %% ../nbs/12_exact.ipynb #1b33cc16
 # what becomes of the extra feature
 phases = ("not represented", "dedicated dimension", "superposition")
 
+def _positive(name, value, most=math.inf):
+    value = torch.as_tensor(value, dtype=torch.float64)
+    if not (good := (value > 0) & (value <= most) & value.isfinite()).all():
+        limit = "be finite and above 0" if most == math.inf else f"lie in (0, {most}]"
+        raise ValueError(f"{name} must {limit}, got {value[~good][0].item():g}")
+    return value
+
 def closed_forms(
     p: torch.Tensor,  # density of both features
     r: torch.Tensor,  # importance of the extra feature, relative to the first
 ) -> torch.Tensor:  # (..., 3), in the order of `phases`
-    "Expected losses of three models of two features in one dimension: ignore the extra one, ignore the first, antipodal pair."
-    p, r = torch.broadcast_tensors(*(torch.as_tensor(t, dtype=torch.float64) for t in (p, r)))
+    "Expected losses of three models: ignore the extra feature, ignore the first, antipodal pair."
+    p, r = torch.broadcast_tensors(_positive("p", p, 1), _positive("r", r))
     return torch.stack([r*(p/3 - p*p/4), p/3 - p*p/4, (1 + r)*p*p/6], -1)
 
 def antipodal_boundary(
     r: torch.Tensor,  # importance of the extra feature, relative to the first
 ) -> torch.Tensor:  # density
     "The density below which the antipodal pair is better than ignoring either feature."
-    r = torch.as_tensor(r, dtype=torch.float64)
+    r = _positive("r", r)
     return torch.where(r <= 1, 2*r/(1 + 2.5*r), 2/(2.5 + r))
 
 def phase(
@@ -350,3 +370,37 @@ def phase(
                          f"{toy.m}")
     first, extra = (toy.W[..., 0, :].abs() > threshold).unbind(-1)
     return torch.where(extra, torch.where(first, 2, 1), 0)
+
+# %% ../nbs/12_exact.ipynb #51d0085c
+def _two_minima(p, r):
+    "Below the pair and below ignoring the extra feature, r ≤ 1: its length and the loss, (2, ...)."
+    features = Features(2, p[:, None], torch.stack([torch.ones_like(r), r], 1))
+    signs, probability, importance = _setting(features, "relu_output")
+
+    def evaluate(x, rows):
+        x, which = x.detach().requires_grad_(), rows % len(p)
+        with torch.enable_grad():
+            W, b, _ = _unpack(x, 1, 2, "relu_output")
+            errors = _errors("relu_output", W, b, None, signs, probability[which])
+            losses = (errors*importance[which]).sum(-1)/p[which]
+            return losses.detach(), torch.autograd.grad(losses.sum(), x)[0]
+
+    zero, one = torch.zeros_like(p), torch.ones_like(p)
+    starts = (one, -one, zero, zero), (one, -one/20, zero, p/2)
+    x = _minimise(evaluate, torch.cat([torch.stack(start, 1) for start in starts]))
+    losses, _ = evaluate(x, torch.arange(len(x)))
+    return x[:, 1].abs().unflatten(0, (2, -1)), losses.unflatten(0, (2, -1))
+
+def phase_boundary(
+    r: torch.Tensor,  # importance of the extra feature, relative to the first
+) -> torch.Tensor:  # density, to a millionth
+    "The density at which the best of all models gives up strong superposition."
+    shape = (r := _positive("r", r)).shape
+    r = torch.minimum(r, 1/r).flatten()
+    low, high = antipodal_boundary(r), 1.3*antipodal_boundary(r)
+    while (high - low > 1e-6*low).any():
+        p = (low + high)/2
+        (pair, other), (pair_loss, other_loss) = _two_minima(p, r)
+        pair_wins = torch.where((pair - other).abs() < .01, pair > .6, pair_loss < other_loss)
+        low, high = torch.where(pair_wins, p, low), torch.where(pair_wins, high, p)
+    return low.reshape(shape)

@@ -378,7 +378,7 @@ def _digest(images: Sequence, looked_at: int = 64) -> str:
         digest.update(np.ascontiguousarray(images[int(i)].cpu()).tobytes())
     source = getattr(images, "source", None)
     for path in source if isinstance(source, tuple) else ():
-        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        if isinstance(path, Path): digest.update(f"{path.name} {path.stat().st_size} ".encode())
     return digest.hexdigest()[:16]
 
 def _behaviour(prepare: Callable, shape: Sequence[int], device: torch.device) -> str:

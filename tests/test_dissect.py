@@ -304,10 +304,10 @@ def test_a_training_model_is_refused():
 
 def test_an_interruption_keeps_the_units_that_are_done(whole, tmp_path, monkeypatch):
     net, looked_at, original = Table(mixture()[0]).eval(), [], chapter._unit_row
-    def row(unit, *rest):
+    def row(unit, *rest, **test):
         looked_at.append(unit)
         if len(looked_at) == 4: raise KeyboardInterrupt
-        return original(unit, *rest)
+        return original(unit, *rest, **test)
     monkeypatch.setattr(chapter, "_unit_row", row)
     with pytest.raises(KeyboardInterrupt):
         dissect(net, "unit", numbered(120), folder=tmp_path, **settings)

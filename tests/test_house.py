@@ -78,7 +78,7 @@ def lines_fit_the_page(nb):
 
 
 def imports_stand_alone(nb):
-    for where, cell, source, _ in code_cells(nb):
+    for where, _, source, _ in code_cells(nb):
         if source.lstrip().startswith(("%", "!")): continue
         kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body}
         if kinds == {True, False}: yield f"{where}: imports belong in a cell of their own"

@@ -1,6 +1,7 @@
-"""The rendered site in a real browser, opened from disk: a headless Chromium, or Chrome, of the machine.
+"""The rendered site in a real browser, opened from disk: a headless Chromium or Chrome.
 
-The site is `_docs` if that holds the notebooks as they are now; otherwise three pages are rendered for these tests.
+The site is `_docs` if that holds the pages as they are written now; otherwise three pages are
+rendered for these tests.
 """
 import filecmp
 import json
@@ -14,20 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from superpos.book import notebooks, reference
+from superpos.book import _written, notebooks, reference
 
 root = Path(__file__).resolve().parent.parent
 few = "index.ipynb", "01_plot.ipynb", "71_reference.ipynb"
-phone = 390
+phone, desk, columns = 390, 1400, 100
+rendering = """
+from superpos.book import render
+if __name__ == "__main__": render(executed=False)
+"""
 
 
 def is_fresh(site: Path) -> bool:
     kept = site/"notebooks"
-    return (site/"search-from-disk.js").exists() and filecmp.cmp(root/"nbs"/"styles.css",
-                                                                 site/"styles.css",
-                                                                 shallow=False) and all(
-        (kept/nb.name).exists() and filecmp.cmp(nb, kept/nb.name, shallow=False)
-                                                                     for nb in notebooks(root))
+    if not (site/"search-from-disk.js").exists(): return False
+    if not filecmp.cmp(root/"nbs"/"styles.css", site/"styles.css", shallow=False): return False
+    return all((kept/nb.name).exists() and _written(nb) == _written(kept/nb.name)
+               for nb in notebooks(root))
 
 
 def render_few(folder: Path) -> Path:
@@ -37,7 +41,8 @@ def render_few(folder: Path) -> Path:
     for name in (*few, "styles.css", "favicon.svg"): shutil.copy(root/"nbs"/name, folder/"nbs")
     (folder/"nbs"/"_quarto.yml").symlink_to("../_quarto.yml")
     env = os.environ | dict(PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-m", "superpos.book", "render"], cwd=folder, env=env,
+    (folder/"rendering.py").write_text(rendering)
+    done = subprocess.run([sys.executable, "rendering.py"], cwd=folder, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder/"_docs"
@@ -53,9 +58,9 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory):
-    "A function that opens a page, lets its scripts run, and returns what the page has become and what the console said."
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
-                                                 "google-chrome-stable", "chrome"))), None)
+    "A function that opens a page, and returns what it has become and what the console said."
+    names = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"
+    found = next(filter(None, map(shutil.which, names)), None)
     if not found:
         pytest.skip("no chromium or google-chrome on the PATH (on Debian: apt install chromium)")
     profile = tmp_path_factory.mktemp("profile")
@@ -78,31 +83,52 @@ def browse(tmp_path_factory):
 tour = """<!doctype html><meta charset="utf-8"><body><script>
 const pages = PAGES, seen = {};
 const later = (ms) => new Promise((done) => setTimeout(done, ms));
-const channels = (colour) => { const c = colour.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c, 1] : c; };
-const over = (top, below) => top.slice(0, 3).map((c, i) => c*top[3] + below[i]*(1 - top[3])).concat(1);
-const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) => { const v = c[i]/255; return sum + w*(v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4); }, 0);
-const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05)/(y + .05); };
+const channels = (colour) => {
+  const c = colour.match(/[\\d.]+/g).map(Number);
+  return c.length < 4 ? [...c, 1] : c;
+};
+const over = (top, below) => top.slice(0, 3)
+  .map((c, i) => c*top[3] + below[i]*(1 - top[3])).concat(1);
+const linear = (v) => v <= .04045 ? v/12.92 : ((v + .055)/1.055)**2.4;
+const light = (c) => [.2126, .7152, .0722].reduce((sum, w, i) => sum + w*linear(c[i]/255), 0);
+const ratio = (a, b) => {
+  const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+  return (x + .05)/(y + .05);
+};
 const faint = (frame) => {
-  const found = {}, view = frame.contentWindow, known = new Map([[null, {paper: [255, 255, 255, 1], opacity: 1}]]);
+  const found = {}, view = frame.contentWindow;
+  const known = new Map([[null, {paper: [255, 255, 255, 1], opacity: 1}]]);
   const behind = (e) => {
     if (!known.has(e)) {
       const above = behind(e.parentElement), style = view.getComputedStyle(e);
-      known.set(e, {paper: over(channels(style.backgroundColor), above.paper), opacity: above.opacity*style.opacity, style});
+      const paper = over(channels(style.backgroundColor), above.paper);
+      known.set(e, {paper, opacity: above.opacity*style.opacity, style});
     }
     return known.get(e);
   };
   for (const e of frame.contentDocument.querySelectorAll("body *")) {
-    if (!e.getClientRects().length || e.closest("svg, .anchorjs-link, math annotation, script, noscript")) continue;
+    const unread = "svg, .anchorjs-link, math annotation, script, noscript";
+    if (!e.getClientRects().length || e.closest(unread)) continue;
     if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
     const {paper, opacity, style} = behind(e);
     if (style.visibility === "hidden") continue;
     const text = channels(style.color);
     text[3] *= opacity;
-    const needed = parseFloat(style.fontSize) >= 24 ? 3 : 4.5, got = ratio(over(text, paper), paper);
-    if (got < needed) found[`${e.tagName.toLowerCase()}.${[...e.classList].join(".")} in ${e.parentElement.className}: ${style.color}`] = got.toFixed(2);
+    const needed = parseFloat(style.fontSize) >= 24 ? 3 : 4.5;
+    const got = ratio(over(text, paper), paper), name = [e.tagName.toLowerCase(), ...e.classList];
+    const where = `${name.join(".")} in ${e.parentElement.className}: ${style.color}`;
+    if (got < needed) found[where] = got.toFixed(2);
   }
   return found;
 };
+const code = (frame) => [...frame.contentDocument.querySelectorAll("main div.sourceCode > pre")]
+  .filter((pre) => pre.getClientRects().length).map((pre) => ({
+    columns: Math.max(...pre.innerText.split("\\n").map((line) => line.length)),
+    lines: pre.innerText.trimEnd().split("\\n").length,
+    high: pre.querySelector("code").getBoundingClientRect().height /
+      parseFloat(frame.contentWindow.getComputedStyle(pre).lineHeight),
+    size: parseFloat(frame.contentWindow.getComputedStyle(pre).fontSize),
+    cut: pre.scrollWidth > pre.clientWidth + 1}));
 const look = async (page) => {
   const frame = document.createElement("iframe");
   frame.style.cssText = "width: PHONEpx; height: 800px; border: 0";
@@ -111,15 +137,28 @@ const look = async (page) => {
   document.body.append(frame);
   await loaded;
   await later(60);
-  const body = frame.contentDocument, view = frame.contentWindow, width = body.documentElement.scrollWidth;
-  const wide = width <= PHONE ? [] : [...body.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > PHONE + 1 && !e.closest("pre, .sd-table, math"))
+  const body = frame.contentDocument, view = frame.contentWindow;
+  const width = body.documentElement.scrollWidth;
+  const sticksOut = (e) => e.getBoundingClientRect().right > PHONE + 1
+    && !e.closest("pre, .sd-table, math");
+  const wide = width <= PHONE ? [] : [...body.querySelectorAll("main *")].filter(sticksOut)
     .map((e) => e.tagName.toLowerCase() + "." + e.className).slice(0, 3);
   const pictures = [...body.images];
   const said = {title: body.title, width, wide, faint: faint(frame),
     words: body.querySelector("main").innerText.length,
-    blind: pictures.filter((i) => !i.alt.trim()).length, broken: pictures.filter((i) => !i.naturalWidth).length,
-    afar: view.performance.getEntriesByType("resource").map((r) => r.name).filter((n) => !/^(file|data|blob):/.test(n)),
-    folds: [...body.querySelectorAll("details")].map((d) => { const was = d.open; d.querySelector("summary").click(); return d.open !== was; })};
+    blind: pictures.filter((i) => !i.alt.trim()).length,
+    broken: pictures.filter((i) => !i.naturalWidth).length,
+    afar: view.performance.getEntriesByType("resource").map((r) => r.name)
+      .filter((n) => !/^(file|data|blob):/.test(n)),
+    folds: [...body.querySelectorAll("details")].map((d) => {
+      const was = d.open;
+      d.querySelector("summary").click();
+      return d.open !== was;
+    })};
+  said.narrow = code(frame);
+  frame.style.width = "DESKpx";
+  await later(60);
+  said.broad = code(frame);
   const paper = () => view.getComputedStyle(body.body).backgroundColor, before = paper();
   (view.smalldocsToggleScheme || view.quartoToggleColorScheme)();
   frame.style.width = "1200px";
@@ -131,7 +170,8 @@ const look = async (page) => {
   return said;
 };
 (async () => {
-  for (const page of pages) try { seen[page] = await look(page); } catch (e) { seen[page] = {failed: String(e)}; }
+  for (const page of pages) try { seen[page] = await look(page); }
+    catch (e) { seen[page] = {failed: String(e)}; }
   document.body.textContent = JSON.stringify(seen);
   document.body.id = "finished";
 })();
@@ -142,8 +182,9 @@ const look = async (page) => {
 def toured(site, browse):
     "What a visit to every page found, by page, and what the console said."
     pages = sorted(p.name for p in site.glob("*.html"))
-    (site/"tour.htm").write_text(tour.replace("PAGES",
-                                              json.dumps(pages)).replace("PHONE", str(phone)))
+    asked = dict(PAGES=json.dumps(pages), PHONE=str(phone), DESK=str(desk))
+    script = re.sub("PAGES|PHONE|DESK", lambda m: asked[m[0]], tour)
+    (site/"tour.htm").write_text(script, encoding="utf-8")
     page, console = browse(site/"tour.htm", "--allow-file-access-from-files",
                            milliseconds=500*len(pages))
     found = re.search(r'<body id="finished">(.*)</body>', page, re.S)
@@ -162,8 +203,8 @@ def test_every_page_loads_without_errors(toured):
 
 def test_pictures_are_there_and_described(toured):
     seen, _ = toured
-    assert ({page: (s["broken"], s["blind"]) for page, s in seen.items() if s["broken"]
-             or s["blind"]} == {})
+    counts = {page: (s["broken"], s["blind"]) for page, s in seen.items()}
+    assert {page: count for page, count in counts.items() if any(count)} == {}
 
 
 def test_nothing_comes_from_the_network(toured):
@@ -171,8 +212,18 @@ def test_nothing_comes_from_the_network(toured):
 
 
 def test_pages_fit_a_phone(toured):
-    assert ({page: (s["width"], s["wide"]) for page, s in toured[0].items() if s["width"] > phone}
-            == {})
+    widths = {page: (s["width"], s["wide"]) for page, s in toured[0].items()}
+    assert {page: wide for page, wide in widths.items() if wide[0] > phone} == {}
+
+
+def test_code_keeps_its_lines(toured):
+    for page, s in toured[0].items():
+        for block in s["broad"]:
+            assert block["size"] >= 14 and not (block["cut"] and block["columns"] <= columns), page
+        for block in s["narrow"] + s["broad"]:
+            assert block["high"] < block["lines"] + 1, f"{page}: a line of code is wrapped"
+    assert any(b["columns"] > 95 for s in toured[0].values() for b in s["broad"])
+    assert any(b["cut"] for s in toured[0].values() for b in s["narrow"])
 
 
 @pytest.mark.parametrize("scheme", ["faint", "dark"])
@@ -187,11 +238,12 @@ def test_pages_respond(toured):
 
 
 def search(site: Path, browse, words: str) -> list[str]:
-    asks = """<script>addEventListener("load", () => { const box = document.querySelector(".smalldocs-search input");
-      box.value = WORDS; box.dispatchEvent(new Event("input")); });</script></body>""".replace(
-          "WORDS", json.dumps(words))
-    (site/"asked.htm").write_text((site/"index.html").read_text(encoding="utf-8").replace(
-        "</body>", asks), encoding="utf-8")
+    asks = """<script>addEventListener("load", () => {
+      const box = document.querySelector(".smalldocs-search input");
+      box.value = WORDS; box.dispatchEvent(new Event("input"));
+    });</script></body>""".replace("WORDS", json.dumps(words))
+    index = (site/"index.html").read_text(encoding="utf-8")
+    (site/"asked.htm").write_text(index.replace("</body>", asks), encoding="utf-8")
     page, console = browse(site/"asked.htm")
     assert not console
     return re.findall(r'class="search-result" href="(?:\./)?([^"]+)"', page)
@@ -210,15 +262,15 @@ def test_search_answers_from_disk(site, browse):
 
 def test_every_page_has_its_source_its_notebook_and_its_module(site):
     for page in site.glob("*.html"):
-        beside = re.search(r'<p class="book-beside">(.*?)</p>',
-                           text := page.read_text(encoding="utf-8"))
+        text = page.read_text(encoding="utf-8")
+        beside = re.search(r'<p class="book-beside">(.*?)</p>', text)
         addresses = re.findall(r'href="([^"]+)"', beside[1])
         kept = site/addresses[1]
-        assert kept.read_bytes() == (root/"nbs"/kept.name).read_bytes()
+        assert _written(kept) == _written(root/"nbs"/kept.name)
         assert addresses[0].endswith(f"/nbs/{kept.name}")
         exports = re.search(r"#\| *default_exp +(\w+)", kept.read_text(encoding="utf-8"))
-        assert addresses[2:] == ([f"reference.html#superpos.{exports[1]}"] if exports
-                                 else []), page.name
+        modules = [f"reference.html#superpos.{exports[1]}"] if exports else []
+        assert addresses[2:] == modules, page.name
         assert text.count('class="book-beside"') == 1
 
 
@@ -232,10 +284,9 @@ def test_contents_for_programs(site):
 
 
 def test_reference_is_current():
-    stored = json.loads((root/"nbs"/"71_reference.ipynb").read_text(encoding="utf-8"))["cells"][-1][
-        "outputs"]
-    assert stored and "".join(stored[0]["data"]["text/markdown"]) == reference(
-        root), "run `make site`"
+    page = json.loads((root/"nbs"/"71_reference.ipynb").read_text(encoding="utf-8"))
+    stored = page["cells"][-1]["outputs"][0]["data"]["text/markdown"]
+    assert "".join(stored) == reference(root), "run `make write`"
 
 
 # ---- the colours of the style sheet, without a browser
@@ -265,8 +316,8 @@ def test_contrast_is_that_of_the_standard():
 @pytest.mark.parametrize("selector", [":root", ".quarto-dark"])
 def test_colours_stand_out(selector):
     sheet = (root/"nbs"/"styles.css").read_text(encoding="utf-8")
-    colours = variables(re.search(rf"(?m)^{re.escape(selector)} \{{(.*?)^\}}", sheet,
-                                  re.S | re.M)[1])
+    block = re.search(rf"(?m)^{re.escape(selector)} \{{(.*?)^\}}", sheet, re.S | re.M)
+    colours = variables(block[1])
     ratios = {(ink, paper): contrast(colours[ink], colours[paper])
               for ink in ("ink", "quiet", "link") for paper in ("paper", "tint")}
     assert min(ratios.values()) >= 4.5, ratios

@@ -164,7 +164,7 @@ def _tasks(found: Survey, units: Sequence[int],
 
 def _simulations(width: int, level: float) -> int:
     "Simulated groups of which none reaches a unit, for the q of this unit alone to be `level`."
-    return max(199, math.ceil(width/level) - 1)
+    return min(max(199, math.ceil(width/level) - 1), 9999)
 
 # %% ../nbs/24_dissect.ipynb #8b44906d
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -249,6 +249,13 @@ def test_length_does_not_count_by_direction(whole):
 
 # ---- how many simulations
 
+@pytest.mark.parametrize("width,level", [(4, .05), (256, .05), (384, .05), (256, .03)])
+def test_simulations_follow_from_the_number_of_units(width, level):
+    nulls = chapter._simulations(width, level)
+    assert nulls >= 199 and width/(nulls + 1) <= level
+    assert chapter._simulations(4096, .05) == 9999
+
+
 def test_one_unit_alone_can_be_found():
     "256 units, of which one is double: with 199 simulations its q could not be below 1."
     rng = np.random.default_rng(0)

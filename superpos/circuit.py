@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from .core import atomic_write, progress
+from .core import progress, save_tensors
 from .field import Pathway
 from .mask import Layout, check_chain, mean_replacement, random_like, respond
 from .model import Unit, check_unit, fingerprint
@@ -66,15 +66,13 @@ class Circuit:
         path: str | Path,  # of the file, `.safetensors`
     ) -> None:
         "Write the circuit to one self-contained file."
-        from safetensors.torch import save
         about = dict(unit=str(self.unit), names=self.layout.names, shapes=self.layout.shapes,
                      per=self.layout.per, branches=self.layout.branches,
                      weights=self.weights, cluster=self.cluster, method=self.method,
                      settings=self.settings)
         bits, text = np.packbits(self.mask.numpy()), json.dumps(about)
-        content = save({"mask": torch.from_numpy(bits)},
-                       metadata={"circuit": text, "digest": _digest(text, bits)})
-        with atomic_write(path) as p: p.write_bytes(content)
+        save_tensors(path, {"mask": torch.from_numpy(bits)},
+                     {"circuit": text, "digest": _digest(text, bits)})
 
     @classmethod
     def load(cls,

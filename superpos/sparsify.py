@@ -10,7 +10,6 @@ __all__ = ['objectives', 'optimisers', 'ablations', 'ResponseScale', 'separate',
 import dataclasses
 import functools
 import hashlib
-import io
 import math
 import threading
 import time
@@ -334,8 +333,7 @@ def _asked(path: Pathway, unit: int, reference: _Reference, recipe: Recipe) -> d
                 weights=fingerprint(path.model), images=images, **settings)
 
 def _save(file: str | Path, state: dict) -> None:
-    torch.save(state, buffer := io.BytesIO())
-    with atomic_write(file) as temporary: temporary.write_bytes(buffer.getbuffer())
+    with atomic_write(file) as temporary: torch.save(state, temporary)
 
 def _restore(file: str | Path | None, asked: dict, logits: torch.Tensor,
              optimiser: torch.optim.Optimizer, trace: torch.Tensor) -> tuple[int, bool]:

@@ -417,7 +417,7 @@ def test_a_full_disk_is_named_with_the_training(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"too large: '.*state'"):
+        with pytest.raises(OSError, match=r"/state( could not be written|')"):
             sparsify(*tiny(), **how, resume=file)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 "The study of label choice: what its page does not show of its own functions."
 import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +73,27 @@ def test_holm_is_the_step_down_procedure(study, values):
         worst = max(worst, min(1., (len(values) - rank)*values[i]))
         expected[i] = worst
     assert np.allclose(study["holm"](values), expected)
+
+
+def narrow_columns(table, page=96):
+    "Columns in which a word, or three of a long text, do not fit on a page of so many characters."
+    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    for k, name in enumerate(head):
+        shown = [re.sub(r"\]\([^)]*\)|[*[]", "", row[k]) for row in (head, *rows)]
+        longest = max((word for cell in shown for word in re.split(r"[\s–/-]", cell)), key=len)
+        needed = max(len(longest) + 2, 18*(max(map(len, shown)) > 60))
+        if page*len(rule[k])/sum(map(len, rule)) < needed: yield name, longest
+
+
+@pytest.mark.parametrize("name", ["49_label_choice", "50_claims"])
+def test_words_fit_into_the_columns_of_wide_tables(name):
+    cells = json.loads((page.parent/f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = "\n\n".join("".join(out.get("data", {}).get("text/markdown", ())) for cell in cells
+                        for out in cell.get("outputs", ()))
+    tables = [part.splitlines() for part in shown.split("\n\n") if part.startswith("| ")]
+    assert tables and not [found for table in tables for found in narrow_columns(table)]
+
+
+def test_narrow_columns_are_seen():
+    table = ["| claim | a | b |", "|---|---|---|", f"| [superposition](x.html) | {'a'*31} | b |"]
+    assert list(narrow_columns(table)) == [("a", "a"*31)]

@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import tempfile
 import threading
 import time
@@ -280,6 +281,28 @@ def _read_result(path: Path, name: str, params: dict) -> Result | None:
         return Result(name, params, saved["provenance"], decode(saved["value"]))
     return _trusted(path, take)
 
+def _keep(name: str, text: str) -> Path | None:  # where, if anywhere
+    "Write what could not be saved to the cache, a temporary folder or the memory of the system."
+    for place in (cache_dir(), None, "/dev/shm"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            home = Path(tempfile.mkdtemp("", "unsaved-", place))
+            undo.callback(shutil.rmtree, home, ignore_errors=True)
+            (home/name).write_text(text)
+            undo.pop_all()
+            return home/name
+
+def _save(path: Path, record: dict) -> None:
+    text = "{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in record.items())
+    text += "\n}\n"
+    try:
+        with atomic_write(path) as p: p.write_text(text)
+    except OSError as problem:
+        kept = _keep(path.name, text)
+        then = (f"kept in {kept}, to be moved to its place" if kept else
+                "not kept anywhere else, but is this error's `value`")
+        raise OSError(problem.errno, f"{problem.strerror or problem}; what was computed is {then}",
+                      str(path)) from problem
+
 def recall(
     name: str,  # of the study
     /, *,
@@ -309,14 +332,15 @@ def cached(
         _sweep(path)
         if not recompute and (result := _read_result(path, name, params)): return result
         start = time.perf_counter()
-        value = encode(fn(**params))
-        record = dict(name=name, params=encode(params),
-                      provenance=provenance(time.perf_counter() - start), value=value)
-        record["digest"] = _digest(record)
-        with atomic_write(path) as p:
-            p.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}"
-                                            for k, v in record.items()) + "\n}\n")
-    return Result(name, params, record["provenance"], decode(value))
+        value = fn(**params)
+        try:
+            about = provenance(time.perf_counter() - start)
+            record = dict(name=name, params=encode(params), provenance=about, value=encode(value))
+            _save(path, record | dict(digest=_digest(record)))
+        except Exception as problem:
+            problem.value = value  # whatever went wrong, it need not be computed again
+            raise
+    return Result(name, params, about, decode(record["value"]))
 
 # %% ../nbs/00_core.ipynb #a9563848
 def mean_interval(

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -188,17 +189,6 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
 
 
 @contextlib.contextmanager
-def small_disk(folder):
-    "A file system of 64 kB on `folder`, where this system lets us have one."
-    folder.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("this system lets nobody but its administrator mount a file system")
-    try: yield
-    finally: subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextlib.contextmanager
 def small_files(folder):
     "The system refuses to let any file grow beyond 64 kB, as a full disk does."
     resource = pytest.importorskip("resource")
@@ -225,17 +215,81 @@ writers = dict(text=text, frame=frame, torch=saved_by_torch,
                tensors=lambda path, n: save_tensors(path, dict(a=torch.zeros(n))))
 
 
-@pytest.mark.parametrize("limit", [small_disk, small_files])
+def writes_all_or_nothing(writer, file):
+    writer(file, 10)
+    old = file.read_bytes()
+    with pytest.raises(OSError, match=re.escape(str(file))): writer(file, 1_000_000)
+    assert list(file.parent.iterdir()) == [file] and file.read_bytes() == old
+    writer(file, 100)
+    assert file.read_bytes() != old
+
+
 @pytest.mark.parametrize("writer", writers)
-def test_a_full_disk_is_named_with_its_file_and_leaves_the_old_one(tmp_path, writer, limit):
-    file = tmp_path/"disk"/"a.file"
-    with limit(tmp_path/"disk"):
-        writers[writer](file, 10)
-        old = file.read_bytes()
-        with pytest.raises(OSError, match=re.escape(str(file))): writers[writer](file, 100_000)
-        assert list(file.parent.iterdir()) == [file] and file.read_bytes() == old
-        writers[writer](file, 100)
-        assert file.read_bytes() != old
+def test_a_full_disk_is_named_with_its_file_and_leaves_the_old_one(tmp_path, writer):
+    with small_files(tmp_path/"disk"):
+        writes_all_or_nothing(writers[writer], tmp_path/"disk"/"a.file")
+
+
+def large(n): return [n]*1_000_000
+
+
+def fill(disk):
+    "What every writer does on a disk of 1 MB that is really full."
+    for name, writer in writers.items():
+        (disk/name).mkdir()
+        writes_all_or_nothing(writer, disk/name/"a.file")
+    with pytest.raises(OSError, match=f"space left .*{disk}/r/study-.*json") as full:
+        cached("study", large, folder=disk/"r", n=1)
+    assert full.value.errno == errno.ENOSPC and not any((disk/"r").iterdir())
+    [kept] = re.findall(r"kept in (\S+), to be moved", str(full.value))
+    assert str(disk) not in kept
+    assert recall("study", folder=Path(kept).parent, n=1).value == large(1)
+    shutil.rmtree(Path(kept).parent)
+
+
+def test_on_a_disk_that_is_really_full(tmp_path):
+    "A file system of 1 MB, in a name space of its own, where this system lets us have one."
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    inside = lambda *then: subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-ec",
+         'mount -t tmpfs -o size=1m tmpfs "$0"; "$@"', disk, *then], capture_output=True, text=True,
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+                              SUPERPOS_CACHE=str(disk/"cache"), TMPDIR=str(tmp_path)))
+    if not shutil.which("unshare") or inside("true").returncode:
+        pytest.skip("this system lets nobody but its administrator mount a file system")
+    code = "import sys, pathlib, test_core; test_core.fill(pathlib.Path(sys.argv[1]))"
+    ran = inside(sys.executable, "-W", "ignore", "-c", code, disk)
+    assert not ran.returncode, ran.stderr
+    assert list(tmp_path.iterdir()) == [disk], "nothing but the disk"
+
+
+def test_a_result_that_cannot_be_saved_is_kept_and_can_be_moved_to_its_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path/"cache"))
+    home, runs = tmp_path/"results", []
+    def study(n):
+        runs.append(n)
+        return {"n": np.float32([n])}
+    home.touch()
+    with pytest.raises(OSError, match=f"{home}/study-.*json'$") as refused:
+        cached("study", study, folder=home, n=1)
+    [kept] = re.findall(r"kept in (\S+), to be moved", str(refused.value))
+    assert kept.startswith(str(tmp_path/"cache"/"unsaved-"))
+    home.unlink(); home.mkdir(); shutil.move(kept, home)
+    assert cached("study", study, folder=home, n=1).value == {"n": np.float32([1])} and runs == [1]
+
+
+def test_a_result_that_can_be_kept_nowhere_is_in_the_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full = pytest.raises(OSError, match="not kept anywhere else, but is this error's `value`")
+    with small_files(tmp_path/"disk"), full as refused:
+        cached("study", large, folder=tmp_path/"disk", n=1)
+    assert refused.value.value == large(1) and not list(tmp_path.rglob("unsaved-*"))
+    unsaveable = object()
+    with pytest.raises(TypeError, match="cannot save a builtins.object") as refused:
+        cached("study", lambda: [unsaveable], folder=tmp_path/"disk")
+    assert refused.value.value == [unsaveable]
 
 
 def test_an_error_that_has_nothing_to_do_with_writing_stays_what_it_is(tmp_path):

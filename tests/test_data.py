@@ -189,11 +189,10 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
     write(tmp_path/"0.png", colours); write(tmp_path/"1.png", grey); write(tmp_path/"2.png", half)
     write(tmp_path/"3.png", Image.merge("LA", (grey, Image.new("L", grey.size, 0))))
     write(tmp_path/"4.png", gone, transparency=gone.info["transparency"])
-    write(tmp_path/"5.png", Image.fromarray(rgb[..., 0].astype(np.uint16)*256 + 17)); write(
-        tmp_path/"6.png", colours.convert("1"))
-    write(tmp_path/"7.tif", colours.convert("CMYK")); write(tmp_path/"8.jpg",
-                                                            colours.resize((200, 200)).convert(
-                                                                "CMYK"), quality=95)
+    write(tmp_path/"5.png", Image.fromarray(rgb[..., 0].astype(np.uint16)*256 + 17))
+    write(tmp_path/"6.png", colours.convert("1"))
+    write(tmp_path/"7.tif", colours.convert("CMYK"))
+    write(tmp_path/"8.jpg", colours.resize((200, 200)).convert("CMYK"), quality=95)
     write(tmp_path/"9.webp", colours, lossless=True)
     f = folder(tmp_path)
     assert len(f) == 10 and all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in f)
@@ -220,21 +219,19 @@ def test_damaged_files_are_skipped_counted_and_named(tmp_path, monkeypatch):
     (tmp_path/"a"/"torn.jpg").write_bytes(good.read_bytes()[:-400])
     (tmp_path/"a"/"padded.jpg").write_bytes(good.read_bytes() + bytes(16))
     (tmp_path/"b"/"torn.png").write_bytes(fine.read_bytes()[:-400])
-    (tmp_path/"b"/"torn.webp").write_bytes(write(tmp_path/"x.webp",
-                                                 noise(64, 64)).read_bytes()[:-400]); (
-                                                     tmp_path/"x.webp").unlink()
+    torn = write(tmp_path/"b"/"torn.webp", noise(64, 64))
+    torn.write_bytes(torn.read_bytes()[:-400])
     (tmp_path/"b"/"empty.png").touch()
     (tmp_path/"b"/"letter.jpg").write_text("Dear reader,\nthis is not a photograph.\n")
-    write(tmp_path/"b"/"huge.png", np.zeros((200, 200), np.uint8)); write(tmp_path/"b"/"large.png",
-                                                                          np.zeros((90, 90),
-                                                                                   np.uint8))
+    write(tmp_path/"b"/"huge.png", np.zeros((200, 200), np.uint8))
+    write(tmp_path/"b"/"large.png", np.zeros((90, 90), np.uint8))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
     with pytest.warns(UserWarning, match="skipped 7 of 10 image files") as caught:
         f = folder(tmp_path, "pets")
     assert len(caught) == 1 and "pets" in str(caught[0].message)
     assert Path(caught[0].filename) == Path(__file__)
-    assert ({p.name for p, _ in f.skipped} == {"torn.jpg", "torn.png", "torn.webp", "empty.png",
-                                               "letter.jpg", "huge.png", "large.png"})
+    assert {p.name for p, _ in f.skipped} == {"torn.jpg", "torn.png", "torn.webp", "empty.png",
+                                              "letter.jpg", "huge.png", "large.png"}
     why = {p.name: reason for p, reason in f.skipped}
     assert why["letter.jpg"] == "not an image" and "bomb" in why["huge.png"]
     assert "bomb" in why["large.png"]
@@ -254,8 +251,8 @@ def test_layouts_of_folders(tmp_path):
     for place in ("set/cat/a.png", "set/cat/deep/b.PNG", "set/dog/c.png", "set/.hidden/d.png",
                   "set/beside.png", "flat/e.png"):
         write(tmp_path/place, noise())
-    (tmp_path/"set"/"bird").mkdir(); (tmp_path/"flat"/"notes").mkdir(); (
-        tmp_path/"flat"/"notes"/"x.txt").touch(); (tmp_path/"none").mkdir()
+    for empty in ("set/bird", "flat/notes", "none"): (tmp_path/empty).mkdir()
+    (tmp_path/"flat"/"notes"/"x.txt").touch()
     with pytest.warns(UserWarning, match="lies beside the classes' folders"):
         f = folder(tmp_path/"set")
     assert f.classes == ("bird", "cat", "dog") and f.labels.tolist() == [1, 1, 2]
@@ -270,9 +267,8 @@ def test_layouts_of_folders(tmp_path):
 
 def test_one_tensor_needs_one_size(tmp_path, numbered):
     write(tmp_path/"a.png", noise(20, 30)); write(tmp_path/"b.png", noise(30, 20))
-    with pytest.raises(ValueError,
-                       match=r"image 1 has shape \(3, 30, 20\) and image 0 \(3, 20, 30\)"):
-        on_device(folder(tmp_path), "cpu")
+    said = r"image 1 has shape \(3, 30, 20\) and image 0 \(3, 20, 30\)"
+    with pytest.raises(ValueError, match=said): on_device(folder(tmp_path), "cpu")
     with pytest.raises(ValueError, match="no images"): on_device(numbered[0].select([]), "cpu")
     x, y = on_device(numbered[0], "cpu")
     x.zero_(); y.zero_()
@@ -283,8 +279,8 @@ def test_one_tensor_needs_one_size(tmp_path, numbered):
 def test_search_order(tmp_path, monkeypatch):
     places = {k: tmp_path/k for k in ("named", "variable", "cache")}
     for place in places.values(): place.mkdir()
-    monkeypatch.setenv("SUPERPOS_DATA", str(places["variable"])); monkeypatch.setenv(
-        "SUPERPOS_CACHE", str(places["cache"]))
+    monkeypatch.setenv("SUPERPOS_DATA", str(places["variable"]))
+    monkeypatch.setenv("SUPERPOS_CACHE", str(places["cache"]))
     with pytest.raises(MissingData) as e: find_data(["set", "other"], how="draw it yourself")
     assert all(part in str(e.value) for part in ("set or other", str(places["variable"]),
                                                  str(places["cache"]/"data"), "draw it yourself"))
@@ -432,8 +428,8 @@ def serving(content, limits=(), ranges=True):
             self.send_header("Content-Length", str(len(content) - start)); self.end_headers()
             self.wfile.write(content[start:start + limits.pop(0)] if limits else content[start:])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever,
-                              kwargs=dict(poll_interval=.01)); thread.start()
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01))
+    thread.start()
     try: yield f"http://127.0.0.1:{server.server_address[1]}/set.zip", asked
     finally: server.shutdown(); server.server_close(); thread.join()
 
@@ -613,9 +609,8 @@ home = os.environ.get("SUPERPOS_DATA")
 
 def needs(name):
     there = home and (Path(home)/name).exists()
-    return pytest.mark.skipif(not there,
-                              reason=f"needs {name}: " + ("not in SUPERPOS_DATA" if home
-                                                          else "SUPERPOS_DATA is not set"))
+    why = "not in SUPERPOS_DATA" if home else "SUPERPOS_DATA is not set"
+    return pytest.mark.skipif(not there, reason=f"needs {name}: {why}")
 
 @needs("cifar-10-batches-bin")
 def test_real_cifar10():

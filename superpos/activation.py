@@ -146,6 +146,11 @@ def _reads(images: Sequence, first: int, size: int, reader: _Reader,
             yield read
             first += len(read.values)
 
+def _batch_size(reader: _Reader, image: torch.Tensor) -> int:
+    "On a CPU no more images than its caches hold: as many as make eight million bytes of input."
+    if reader.device.type != "cpu": return 512
+    return min(64, max(8, 2**int(np.log2(2**23/(4*reader.crop(image).numel())))))
+
 # %% ../nbs/21_activation.ipynb #e19481e8
 @dataclasses.dataclass(frozen=True)
 class Recording:
@@ -352,11 +357,6 @@ def survey(
             saved = time.monotonic()
     if resume: found.save(resume)
     return found
-
-def _batch_size(reader: _Reader, image: torch.Tensor) -> int:
-    "On a CPU no more images than its caches hold: as many as make eight million bytes of input."
-    if reader.device.type != "cpu": return 512
-    return min(64, max(8, 2**int(np.log2(2**23/(4*reader.crop(image).numel())))))
 
 def _empty(layer: str, reader: _Reader, asked: dict, first: _Read) -> Survey:
     k, size, units = asked["k"], asked["sample"], first.values.shape[1]

@@ -53,8 +53,8 @@ def images(
                                       size*rows*(1.25 if titles else 1)), squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for i, (picture, ax) in enumerate(zip(pictures, axes.flat)):
-        ax.imshow(_as_picture(picture), vmin=0, vmax=255 if np.asarray(picture).dtype == np.uint8
-                  else 1, interpolation="nearest")
+        brightest = 255 if np.asarray(picture).dtype == np.uint8 else 1
+        ax.imshow(_as_picture(picture), vmin=0, vmax=brightest, interpolation="nearest")
         if titles: ax.set_title(titles[i], fontsize=8, fontweight="normal", loc="center")
     return fig
 
@@ -62,13 +62,13 @@ def images(
 def distributions(
     groups: Mapping[str, Sequence[float]],  # name of the group: its values
     ax: plt.Axes | None = None,  # to draw on; the current one by default
-    colours: Sequence[str] = (own, other, background),  # in the order of the groups, repeated if there are more
+    colours: Sequence[str] = (own, other, background),  # of the groups in turn, again and again
     seed: int = 0,  # of the vertical jitter
 ) -> plt.Axes:
     "A row of dots for each group, with its median."
     ax = ax or plt.gca()
     rng = np.random.default_rng(seed)
-    for row, (name, values) in enumerate(groups.items()):
+    for row, values in enumerate(groups.values()):
         colour = colours[row % len(colours)]
         ax.scatter(values, row + rng.uniform(-.28, .28, len(values)), s=9, alpha=.55, color=colour,
                    linewidths=0)
@@ -86,7 +86,7 @@ def intervals(
     ax: plt.Axes | None = None,  # to draw on; the current one by default
     colours: str | Sequence[str] = own,  # one for all rows, or one for each
     reference: float | None = None,  # where the dashed line stands
-    offset: float = 0,  # moves the rows down by a fraction of a row, to draw two series side by side
+    offset: float = 0,  # moves the rows down by part of a row, for two series side by side
     name: str | None = None,  # of the series, for a legend
 ) -> plt.Axes:
     "A dot and a line for each row: an estimate and its interval."
@@ -134,14 +134,22 @@ def window(
     return ax
 
 # %% ../nbs/01_plot.ipynb #00081455
+def _node(ax: plt.Axes, x: float, y: float, label: str, picture: np.ndarray | None) -> None:
+    if picture is None: ax.text(x, y, label, ha="center", va="center", fontsize=8)
+    else:
+        ax.imshow(_as_picture(picture), extent=(x - .5, x + .5, y - .5, y + .5),
+                  interpolation="nearest", zorder=2)
+        ax.text(x, y - .55, label, ha="center", va="top", fontsize=7)
+    ax.add_patch(plt.Rectangle((x - .5, y - .5), 1, 1, fill=False, ec=palette["grey"], zorder=3))
+
 def circuit_diagram(
     layers: Sequence[str],  # names, from the image to the unit
     nodes: Sequence[Sequence],  # for each layer, the labels of its nodes from the top
-    edges: Sequence[tuple[int, int, int, float]],  # layer, place of the node that reads and of the one that is read in the layer before, signed strength up to 1
-    pictures: Mapping[tuple[int, int], np.ndarray] | None = None,  # layer and place of a node: its image, as for `images`
+    edges: Sequence[tuple[int, int, int, float]],  # layer, reader, what it reads, strength -1..1
+    pictures: Mapping[tuple[int, int], np.ndarray] | None = None,  # (layer, node): its image
     size: float = .55,  # of a node, in inches
 ) -> plt.Figure:
-    "Draw the channels of a circuit and what they read. `edges[...][0]` counts from 0 for the layer that reads the image."
+    "Draw the channels of a circuit and what they read; an edge's layer is the one that is read."
     if len(layers) != len(nodes):
         raise ValueError(f"there are {len(layers)} layers, but nodes for {len(nodes)}")
     tallest = max(map(len, nodes))
@@ -153,15 +161,7 @@ def circuit_diagram(
         ax.plot([x0 + .5, x1 - .5], [y0, y1], color=own if strength > 0 else other,
                 lw=.4 + 4*abs(strength), alpha=.75, solid_capstyle="butt", zorder=1)
     for (layer, k), (x, y) in place.items():
-        picture = (pictures or {}).get((layer, k))
-        if picture is None:
-            ax.text(x, y, str(nodes[layer][k]), ha="center", va="center", fontsize=8)
-        else:
-            ax.imshow(_as_picture(picture), extent=(x - .5, x + .5, y - .5, y + .5),
-                      interpolation="nearest", zorder=2)
-            ax.text(x, y - .55, str(nodes[layer][k]), ha="center", va="top", fontsize=7)
-        ax.add_patch(plt.Rectangle((x - .5, y - .5), 1, 1, fill=False, ec=palette["grey"], lw=1,
-                                   zorder=3))
+        _node(ax, x, y, str(nodes[layer][k]), (pictures or {}).get((layer, k)))
     for layer, name in enumerate(layers):
         ax.text(3.4*layer, .8*tallest + .3, name, ha="center", fontsize=9, fontweight="bold")
     ax.set(xlim=(-.8, 3.4*(len(layers) - 1) + .8), ylim=(-.8*tallest - .2, .8*tallest + .8),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AtLeast0', 'AtLeast1', 'Per', 'Objective', 'Method', 'Strategy', 'Protocol', 'Network', 'main', 'do_dissect',
-           'Sources', 'do_circuit', 'do_sparsify', 'Training', 'do_label', 'do_toy', 'do_studies_list',
+           'Sources', 'Search', 'do_circuit', 'do_sparsify', 'Training', 'do_label', 'do_toy', 'do_studies_list',
            'do_studies_show', 'do_studies_run', 'do_studies_resume', 'do_data_list', 'do_data_fetch', 'do_data_check',
            'do_info']
 
@@ -14,21 +14,19 @@ import difflib
 import importlib
 import inspect
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 # %% ../nbs/60_cli.ipynb #5b1c0d7e
-from .report import Picture, digits, made_with, report
+from .report import as_text, plain
 
 # %% ../nbs/60_cli.ipynb #68971d05
 AtLeast0, AtLeast1 = Annotated[int, 0], Annotated[int, 1]  # whole numbers
@@ -131,8 +129,8 @@ def _called(name: str, given: tuple, named: dict, as_json: bool, debug: bool) ->
             if debug: raise
             return _say(name, _sentence(problem), 1)
     try:
-        print(json.dumps(_plain(found), ensure_ascii=False, allow_nan=False) if as_json
-              else _text(found), flush=True)
+        print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False) if as_json
+              else as_text(found), flush=True)
     # `| head` has read enough
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
@@ -162,44 +160,6 @@ def _kept(name: str, out: str) -> str:
     much = f"{rows} units" if rows > 0 else f"{len(files)} file{'s'*(len(files) > 1)}"
     return (f"{Path(out)/'state'} keeps what was finished ({much}); the same command goes on from "
             "there")
-
-# %% ../nbs/60_cli.ipynb #eacf11cf
-def _plain(x):
-    "`x` as JSON takes it: frames as lists of rows, no NaN."
-    if hasattr(x, "to_dict"): return _plain(x.to_dict("records"))
-    if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
-    if hasattr(x, "tolist"): return _plain(x.tolist())
-    if isinstance(x, float) and not math.isfinite(x): return None
-    return x if isinstance(x, (str, bool, int, float, type(None))) else str(x)
-
-def _text(found: Mapping) -> str:
-    "What a command found, for a reader."
-    return "\n".join(filter(None, (_paragraph(*item) for item in found.items())))
-
-def _paragraph(name: str, v) -> str:
-    "A value, a group of values or a table."
-    if hasattr(v, "to_dict"): v = v.to_dict("records") or {}
-    if isinstance(v, Mapping) and not v: return ""
-    if isinstance(v, Mapping):
-        lines = (_paragraph(*item).lstrip("\n") for item in v.items())
-        return f"\n{name}\n" + textwrap.indent("\n".join(lines), "  ")
-    if isinstance(v, list) and v and isinstance(v[0], Mapping): return f"\n{_table(v)}"
-    if isinstance(v, (list, tuple)): v = ", ".join(map(str, v))
-    return f"{name:<18}" + (f"{v:,}" if type(v) is int else digits(v) if isinstance(v, float)
-                            else f"{v}")
-
-def _table(rows: Sequence[Mapping]) -> str:
-    "Rows as text: numbers to the right, words to the left."
-    columns = []
-    for name in rows[0]:
-        values = [None if row[name] != row[name] else row[name] for row in rows]
-        cells = [name, *("-" if v is None else digits(v) if isinstance(v, float) else str(v)
-                         for v in values)]
-        numbers = all(isinstance(v, (int, float, type(None))) for v in values)
-        align = str.rjust if numbers else str.ljust
-        columns.append([align(cell, max(map(len, cells))) for cell in cells])
-    return "\n".join("  ".join(row).rstrip() for row in zip(*columns))
 
 # %% ../nbs/60_cli.ipynb #509549c6
 def _named(text: str, what: str):
@@ -313,10 +273,6 @@ def _numbers(text: str, option: str, kind=int) -> list:
         raise ValueError(f"{option} {text}: {twice[0]} is there twice; give each number once")
     return found
 
-def _write_table(path: Path, frame) -> None:
-    from superpos.core import atomic_write
-    with atomic_write(path) as p: frame.to_csv(p, index=False)
-
 # %% ../nbs/60_cli.ipynb #5a15d335
 def do_dissect(
     *,
@@ -360,16 +316,15 @@ def do_dissect(
     """
     import joblib
 
-    from superpos.dissect import dissect, min_images
+    from superpos.core import atomic_write
+    from superpos.dissect import dissect
     from superpos.model import find_layer
+    from superpos.report import report_dissection
     chosen, out = _numbers(units, "--units") if units else None, Path(out)
     net = _network(model, weights)
     find_layer(net, layer)
-    pictures = _images(images, size)
-    if len(pictures) < min_images:
-        raise ValueError(f"--images {images}: {len(pictures)} images are too few to look for "
-                         f"groups; give at least {min_images}, better some thousands")
-    shape = _input_shape(net, layer, pictures[0], f"--images {images}", prepare)
+    pictures = _enough(_images(images, size), images)
+    crop = _crop(net, layer, at, pictures[0], images, prepare)
     how = dict(by=by, at=at, level=level, nulls=nulls, seed=seed)
     with joblib.parallel_config(n_jobs=workers):
         found = dissect(net, layer, pictures, units=chosen, k=min(k, len(pictures)),
@@ -377,120 +332,28 @@ def do_dissect(
                         **how)
     given = dict(model=model, weights=_full(weights), layer=layer, prepare=prepare, size=size,
                  images=_full(images))
-    table = _write_dissection(out, given, found, pictures)
-    several = table[(table.groups > 1) & (table.q <= level)]
-    page = report(out, f"{layer}, dissected", _answer(table, several, layer, pictures, level),
-                  _dissected(net, found, pictures, table, several, show, at, shape),
-                  made_with(**given, k=k, **how | dict(nulls=found.about["nulls"])))
-    return dict(images=len(pictures), skipped=len(pictures.skipped), units=len(table),
-                several_groups=len(several), report=page,
-                table=table[["name", "groups", "score", "q", "share"]])
+    with atomic_write(out/"call.json") as p: p.write_text(json.dumps(given, indent=1))
+    return report_dissection(out, found, pictures, given | dict(k=k) | how, crop, show)
 
 # %% ../nbs/60_cli.ipynb #4be2790c
 def _full(name: str) -> str:
     "The same file or folder, from wherever one stands."
     return str(Path(name).resolve()) if name and Path(name).exists() else name
 
-def _write_dissection(out: Path, given: dict, found, pictures):
-    "The files of a dissection, and its table: units with several groups first."
-    import numpy as np
-    import pandas as pd
+def _enough(pictures, where: str):
+    "The same images, if there are enough to look for groups."
+    from superpos.dissect import min_images
+    if len(pictures) >= min_images: return pictures
+    raise ValueError(f"--images {where}: {len(pictures)} images are too few to look for groups; "
+                     f"give at least {min_images}, better some thousands")
 
-    from superpos.core import atomic_write
-    with atomic_write(out/"call.json") as p: p.write_text(json.dumps(given, indent=1))
-    found.save(out/"dissection.json")
-    lists = found.table.columns.intersection(["images", "labels", "values", "places"])
-    table = found.table.drop(columns=lists)
-    table = table.sort_values(["groups", "score"], ascending=False)
-    sizes = [" ".join(map(str, s)) for s in table["sizes"]]
-    _write_table(out/"units.csv", table.assign(sizes=sizes))
-    files = list(map(str, pictures.source)) if isinstance(pictures.source, tuple) else ""
-    labels = np.array(pictures.classes)[pictures.labels]
-    _write_table(out/"images.csv", pd.DataFrame(dict(image=np.arange(len(pictures)), file=files,
-                                                     label=labels)))
-    return table
-
-def _answer(table, several, layer: str, pictures, level: float) -> str:
-    "What a dissection found, in two sentences."
-    count, rest = len(several), len(table) - len(several)
-    test = f"(q ≤ {level:g}, corrected for the number of units)"
-    seen = f"{len(table):,} units of '{layer}' saw {len(pictures):,} images. "
-    if not count:
-        return f"{seen}They are not shown to answer to more than one group of images {test}."
-    others = "; the others are not shown to" if rest else ""
-    return (f"{seen}{count:,} of them answer{'s'*(count == 1)} to more than one group of images "
-            f"{test}{others}.")
-
-# %% ../nbs/60_cli.ipynb #4472df68
-def _scores(table, several, level: float) -> Picture:
-    "The score of every unit, in a figure."
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    from superpos import plot
-    fig, ax = plt.subplots()
-    ranked = table.sort_values("score", ascending=False)
-    sure = ranked.index.isin(several.index)
-    for rows, colour, name in ((sure, plot.own, f"q ≤ {level:g}"),
-                               (~sure, plot.background, "not told apart from one group")):
-        ax.scatter(np.arange(len(ranked))[rows], ranked.score[rows], s=16, color=colour, label=name)
-    ax.set(xlabel="units, by score", ylabel="effective number of groups")
-    ax.legend()
-    return Picture("overview", fig, "The polysemanticity score of every unit: the effective number "
-                   "of groups among its strongest images.",
-                   f"A falling row of {len(ranked)} dots, of which {len(several)} are coloured as "
-                   "having more than one group.")
-
-def _dissected(net, found, pictures, table, several, show: int, at: str,
-               shape: tuple[int, ...]) -> dict[str, list]:
-    "The sections of a report on a layer."
-    from superpos import plot
+def _crop(net, layer: str, at: str, image, where: str, prepare: str):
+    "What cuts an image to what a unit sees, if the image fits and there is such a thing."
     from superpos.field import pathway
     from superpos.model import layers
-    plot.style()
-    layer, see = found.about["layer"], None
-    if at == "centre" and layer in layers(net) and shape[1:] == tuple(pictures[0].shape[1:]):
-        see = pathway(net, layer, shape).crop
-    sections = {"All units": [
-        _scores(table, several, found.about["level"]), f"{found.summary()}.", _in_a_table,
-        table[_columns].head(200),
-        "All rows and columns are in units.csv; the strongest images of each unit, group by group, "
-        "in dissection.json."]}
-    for unit in [*several.index, *table.index.difference(several.index, sort=False)][:show]:
-        if groups := found.groups(unit):
-            sections[table.name[unit]] = _unit_parts(found, pictures, unit, groups, see)
-    return sections
-
-# %% ../nbs/60_cli.ipynb #a5d03b6f
-_columns = ["name", "groups", "score", "p", "q", "stability", "share", "mean", "deviation"]
-_in_a_table = (
-    "groups: how many a unit's strongest images fall into. score: the effective number, in which a "
-    "small group counts for little. p: of a single group; q: the same, corrected for the number of "
-    "units. stability: 1 if a cut in two comes out the same in every bootstrap sample. share: of "
-    "the variance that lies between the groups. mean, deviation: of the unit's values over all "
-    "images.")
-
-def _unit_parts(found, pictures, unit: int, groups: list, see) -> list:
-    "A unit in a report: the strongest images of its groups, and the classes that tell them apart."
-    import numpy as np
-
-    from superpos import plot
-    from superpos.cluster import enriched_classes
-    row, each = found.table.loc[unit], min(8, *map(len, groups))
-    shown = [pictures[int(i)] for g in groups for i in g[:each]]
-    grid = plot.images([(see(image) if see else image).numpy() for image in shown], columns=each)
-    caption = (f"The strongest images of {row['name']}"
-               f"{', a row for each group' if len(groups) > 1 else ''}"
-               f"{', cut to what the unit sees' if see else ''}.")
-    alt = f"{len(groups)} row{'s'*(len(groups) > 1)} of {each} small images."
-    parts = [Picture(f"unit-{unit}", grid, caption, alt)]
-    if len(groups) > 1 and len(pictures.classes) > 1:
-        labels = np.array(pictures.classes)[pictures.labels[np.array(row["images"])]]
-        words = enriched_classes(np.array(row["labels"]), labels)
-        words = words[words.p <= .05].groupby("group").head(3).sort_values("group")
-        parts.append(words[["name", "group", "inside", "outside", "odds", "p"]] if len(words) else
-                     "No class is more frequent in one group than in the others (p ≤ 0.05).")
-    return parts
+    shape = _input_shape(net, layer, image, f"--images {where}", prepare)
+    if at != "centre" or layer not in layers(net) or shape[1:] != tuple(image.shape[1:]): return
+    return pathway(net, layer, shape).crop
 
 # %% ../nbs/60_cli.ipynb #6d2f7c18
 @dataclasses.dataclass(frozen=True)
@@ -508,23 +371,12 @@ class Sources:
 
 _most = 300  # images of each group that are used
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Task:
-    "A unit and three groups of images, cut to what the unit sees."
-    path: object  # the way to the unit's layer
-    unit: object
-    names: tuple[str, str, str]  # of own, other and background
-    learn: list  # crops of each group that masks are found with
-    test: list  # held out
-    shown: list  # some of each group's images, as bytes
-    given: dict
-
 # %% ../nbs/60_cli.ipynb #73ceb693
-def _task(unit: str, sources: Sources, seed: int) -> _Task:
-    import numpy as np
-
+def _compared(unit: str, sources: Sources, seed: int) -> tuple:
+    "The images of a unit's groups, cut and split; and where they and the network come from."
     from superpos.field import pathway
     from superpos.model import check_unit
+    from superpos.report import Groups
     earlier, asked = _earlier(sources.dissection), dataclasses.asdict(sources)
     given = {k: asked[k] or earlier.get(k, asked[k])
              for k in ("model", "weights", "images", "prepare", "size")}
@@ -532,9 +384,16 @@ def _task(unit: str, sources: Sources, seed: int) -> _Task:
     if not given["model"]:
         raise ValueError("which network? Give --model, or --dissection with a folder that "
                          "`superpos dissect` wrote")
-    net, prepare = _network(given["model"], given["weights"]), _preparation(given["prepare"])
+    net = _network(given["model"], given["weights"])
     unit = check_unit(net, unit)
     sets = _group_images(net, unit, groups, sources.dissection, given, seed)
+    _check_groups(groups, sets)
+    shape = _input_shape(net, unit.layer, sets[0][0], f"--own {sources.own}", given["prepare"])
+    path, prepare = pathway(net, unit.layer, shape), _preparation(given["prepare"])
+    return Groups.of(path, unit, sets, prepare, _most, seed), given
+
+def _check_groups(groups: Mapping, sets: list) -> None:
+    "Whether the images of groups are enough, and alike."
     sizes = {images[0].shape for images in sets}
     if len(sizes) > 1:
         raise ValueError(f"the groups have images of {len(sizes)} sizes; give --size, such as "
@@ -543,30 +402,15 @@ def _task(unit: str, sources: Sources, seed: int) -> _Task:
         if len(images) < 5:
             raise ValueError(f"--{option}: {len(images)} images are too few to learn from some and "
                              "test on others; give at least 5")
-    shape = _input_shape(net, unit.layer, sets[0][0], f"--own {sources.own}", given["prepare"])
-    path, rng = pathway(net, unit.layer, shape), np.random.default_rng(seed)
-    learn, test, shown = zip(*(_cut(path, images, prepare, rng) for images in sets))
-    names = [images.name for images in sets]
-    if names[0] == names[1]: names[:2] = f"{names[0]} (own)", f"{names[1]} (other)"
-    return _Task(path, unit, tuple(names), list(learn), list(test), list(shown), given)
 
-def _cut(path, images, prepare, rng) -> tuple:
-    "Crops to learn from and to test on, and some of the pictures they are of."
-    import torch
-    order = rng.permutation(len(images))[:_most]
-    pixels, cut = torch.stack([images[int(i)] for i in order]), round(.6*len(order))
-    crops = path.crop(x := prepare(pixels.to(next(path.model.parameters()).device)))
-    shown = path.crop(pixels[:8]) if x.shape[2:] == pixels.shape[2:] else pixels[:8]
-    return crops[:cut], crops[cut:], shown.numpy()
-
+# %% ../nbs/60_cli.ipynb #5c1d9a30
 def _earlier(dissection: str) -> dict:
     "What the command was given that wrote a folder."
     if not dissection: return {}
     path = Path(dissection)/"call.json"
-    if not path.exists():
-        raise ValueError(f"--dissection {dissection}: there is no finished dissection; `superpos "
-                         f"dissect --out {dissection} ...` makes one")
-    return json.loads(path.read_text())
+    if path.exists(): return json.loads(path.read_text())
+    raise ValueError(f"--dissection {dissection}: there is no finished dissection; `superpos "
+                     f"dissect --out {dissection} ...` makes one")
 
 # %% ../nbs/60_cli.ipynb #f17e9a42
 def _group_images(net, unit, groups: dict[str, str], dissection: str, given: dict,
@@ -619,96 +463,45 @@ def _group(found, images, unit, option: str, text: str, seed: int):
                      f"images; units with more are {', '.join(others) or 'none'}")
 
 # %% ../nbs/60_cli.ipynb #4a7691d7
-_measures = ("auroc_other", "auroc_background", "correlation", "slope", "mean_own", "mean_other",
-             "mean_background")
-_in_words = {"auroc_other": "AUROC over other", "auroc_background": "AUROC over background",
-             "auroc_other_before": "AUROC over other, whole network",
-             "auroc_background_before": "AUROC over background, whole network",
-             "mean_own": "mean, own", "mean_other": "mean, other",
-             "mean_background": "mean, background"}
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    "How a circuit is looked for."
-    method: str
-    keep: float
-    per: str
-    objective: str
-    steps: int
-    seed: int
-
-    def settings(self) -> dict:
-        "Those that the method uses, beside its name."
-        learned = dict(objective=self.objective, steps=self.steps)
-        more = learned if self.method == "learned" else {}
-        return dict(keep=self.keep, per=self.per, seed=self.seed) | more
-
-def _mask(task: _Task, unit: int, own: int, how: _How, state: Path):
-    "A unit's mask for one of the two groups, its layout, and how sure a learned one is."
-    from superpos import score
-    from superpos.mask import Layout
-    from superpos.sparsify import sparsify
-    path, (x, other, background) = task.path, (task.learn[own], task.learn[1 - own], task.learn[2])
-    if how.method == "learned":
-        state.mkdir(parents=True, exist_ok=True)
-        found = sparsify(path, unit, x, other, background, how.keep, how.objective, per=how.per,
-                         steps=how.steps, seed=how.seed, every=5,
-                         resume=state/f"{task.unit.layer}-{unit}-{own}.pt")
-        return found.mask, found.layout, dict(undecided=found.undecided, gap=found.gap)
-    more = dict(magnitude=(), force=(x, how.keep), iter_snip=(x, how.keep)).get(how.method, (x,))
-    layout = Layout.of(path, unit, how.per)
-    scores = getattr(score, how.method)(path, unit, *more, per=how.per)
-    return score.keep_top(layout.flatten(scores), how.keep), layout, {}
-
-# %% ../nbs/60_cli.ipynb #08b5c64d
-def _card(task: _Task, unit: int, own: int, mask, layout) -> dict:
-    "How a circuit does on the images that were held out."
-    from superpos.circuit import respond, scorecard
-    pair = [(respond(task.path, unit, x, mask, layout), respond(task.path, unit, x))
-            for x in task.test]
-    return scorecard(pair[own], pair[1 - own], pair[2])
-
-def _tests(task: _Task, own: int, mask, layout, seed: int) -> list[dict]:
-    "A row for the whole network, the circuit, its complement, a random mask, and so on."
-    from superpos.circuit import faithfulness
-    from superpos.mask import random_like
-    groups = task.test[own], task.test[1 - own], task.test[2]
-    if task.path.exact_crop:
-        tests = faithfulness(task.path, task.unit.index, mask, layout, *groups, seed)
-    else:
-        masks = dict(circuit=mask, complement=~mask, random=random_like(mask, layout, seed))
-        tests = {k: _card(task, task.unit.index, own, m, layout) for k, m in masks.items()}
-    whole = {k: tests["circuit"].get(f"{k}_before", 1.) for k in _measures}
-    return [dict(group=task.names[own], test=name, **{k: row[k] for k in _measures})
-            for name, row in {"whole network": whole, **tests}.items()]
-
-def _controls(task: _Task, count: int, seed: int) -> list[int]:
-    "Other units of the layer, drawn among those that are not constant."
-    import numpy as np
-    import torch
-    with torch.no_grad():
-        values = torch.cat([task.path(x) for group in task.learn for x in group.split(64)])
-    alive = (values.std(0) > 0).nonzero().ravel().tolist()
-    others = [u for u in alive if u != task.unit.index]
-    drawn = np.random.default_rng(seed).choice(others, min(count, len(others)), replace=False)
-    return drawn.tolist()
-
-# %% ../nbs/60_cli.ipynb #cdd39ba8
 Per = Literal["weight", "kernel", "filter", "channel"]
 Objective = Literal["preserve", "separate"]
 Method = Literal["learned", "snip", "actgrad", "taylor", "magnitude", "force", "iter_snip"]
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    "How masks are looked for."
+    per: Per = "kernel"  # what is kept or dropped as one
+    objective: Objective = "preserve"  # of a learned mask: the response, or only the order
+    steps: AtLeast1 = 100  # of the training of a learned mask
+    seed: AtLeast0 = 0  # of the split into images to learn from and to test on, and of a training
+
+def _mask(groups, unit: int, own: int, method: str, keep: float, search: Search,
+          state: Path) -> tuple:
+    "A unit's mask for one of the two groups, its layout, and how sure a learned one is."
+    from superpos import score
+    from superpos.mask import Layout
+    path, per, (x, other) = groups.path, search.per, (groups.learn[own], groups.learn[1 - own])
+    if method == "learned":
+        from superpos.sparsify import sparsify
+        state.mkdir(parents=True, exist_ok=True)
+        found = sparsify(path, unit, x, other, groups.learn[2], keep, every=5,
+                         resume=state/f"{groups.unit.layer}-{unit}-{own}.pt",
+                         **dataclasses.asdict(search))
+        return found.mask, found.layout, dict(undecided=found.undecided, gap=found.gap)
+    more = dict(magnitude=(), force=(x, keep), iter_snip=(x, keep)).get(method, (x,))
+    layout = Layout.of(path, unit, per)
+    scores = getattr(score, method)(path, unit, *more, per=per)
+    return score.keep_top(layout.flatten(scores), keep), layout, {}
+
+# %% ../nbs/60_cli.ipynb #cdd39ba8
 def do_circuit(
     *,
     unit: str,  # layer:index, such as features.10:9
     out: str = "circuit",  # folder for the results; what is finished in it is not done again
     method: Method = "learned",  # how what is kept is found
     keep: float = .05,  # fraction of the relevant parameters to keep
-    per: Per = "kernel",  # what is kept or dropped as one
-    objective: Objective = "preserve",  # of a learned mask: the response, or only the order
-    steps: AtLeast1 = 100,  # of the training of a learned mask
     controls: AtLeast0 = 4,  # other units that the same recipe is tried on
-    seed: AtLeast0 = 0,  # of the training, and of the split into images to learn from and test on
+    search: Search = Search(),  # how masks are looked for
     sources: Sources = Sources(),  # the network and the groups of images
 ) -> dict:  # settings, counts, the path of the report, cards of both circuits, and control units
     """One unit, two groups of images: a circuit for each, held to account.
@@ -727,143 +520,14 @@ def do_circuit(
         superpos circuit --model alexnet --weights DEFAULT --unit features.10:9 \\
             --own dogs --other cans --background photos --size 224 --method snip
     """
-    import pandas as pd
-
-    from superpos.circuit import overlap
-    out, how = Path(out), _How(method, keep, per, objective, steps, seed)
-    task = _task(unit, sources, seed)
-    chosen = _controls(task, controls, seed)
-    masks, judged = _judged(task, how, chosen, out/"state")
-    _save_circuits(task, how, masks, out)
-    cards = pd.DataFrame(_tests(task, 0, *masks[0][:2], seed)
-                         + _tests(task, 1, *masks[1][:2], seed))
-    beside = pd.DataFrame([dict(group=g, measure=k, value=row["value"], controls=_mean(row),
-                                excess=row["excess"], p=row["p"])
-                           for (g, k), row in judged.items() if chosen])
-    shared = pd.DataFrame(overlap(masks[0][0], masks[1][0], masks[0][1]))
-    for name, frame in dict(cards=cards, controls=beside, shared=shared).items():
-        _write_table(out/f"{name}.csv", frame)
-    page = report(out, f"Two circuits of {task.unit}", _told(task, masks, judged, chosen),
-                  _circuits(task, masks, cards, beside, shared, chosen),
-                  made_with(unit=unit, own=task.names[0], other=task.names[1], **task.given,
-                            method=method, **how.settings(), controls=chosen))
-    return _summary(task, how, masks, chosen, cards, beside, shared, out, page)
-
-# %% ../nbs/60_cli.ipynb #b97d1e03
-def _judged(task: _Task, how: _How, chosen: list[int], state: Path) -> tuple[list, dict]:
-    "The unit's two masks, and what they do beside the same recipe on the control units."
-    from superpos.circuit import against_controls
-    masks, unit = {}, task.unit.index
-    def recipe(path, v):
-        masks[v] = [_mask(task, v, own, how, state) for own in (0, 1)]
-        return {(task.names[own], k): x for own in (0, 1)
-                for k, x in _card(task, v, own, *masks[v][own][:2]).items()
-                if k.removesuffix("_before") in _measures[:3]}
-    judged = (against_controls(recipe, task.path, unit, chosen, how.seed) if chosen else
-              {k: dict(value=x, controls=[]) for k, x in recipe(task.path, unit).items()})
-    return masks[unit], judged
-
-def _save_circuits(task: _Task, how: _How, masks: list, out: Path) -> None:
-    from superpos.circuit import Circuit
-    for name, (mask, layout, sure) in zip(task.names, masks):
-        file = re.sub(r"\W+", "-", name).strip("-") or "group"
-        Circuit.of(task.path.model, task.unit, mask, layout, name, how.method, **how.settings(),
-                   **sure).save(out/f"{file}.safetensors")
-        if sure.get("undecided", 0) >= .01 or sure.get("gap", 0) >= .5:
-            warnings.warn(f"{name}: {sure['undecided']:.1%} of the mask is undecided, and rounding "
-                          f"moved the response by {sure['gap']:.2f} deviations; take more --steps",
-                          stacklevel=2)
-
-def _mean(row: dict) -> float: return sum(row["controls"])/len(row["controls"])
-
-def _told(task: _Task, masks: list, judged: dict, chosen: list[int]) -> str:
-    "What two circuits came to, in a sentence each."
-    kept, names = masks[0][0].float().mean().item(), task.names
-    sentences = []
-    for own in (0, 1):
-        after, before = (judged[names[own], f"auroc_other{when}"] for when in ("", "_before"))
-        there = (f"; control units: {_mean(before):.2f} before, {_mean(after):.2f} after" if chosen
-                 else "")
-        sentences.append(
-            f"On {kept:.1%} of its parameters {task.unit} ranks {names[own]} above "
-            f"{names[1 - own]} with probability {after['value']:.2f} (whole network: "
-            f"{before['value']:.2f}{there}).")
-    tested = " and ".join(str(len(x)) for x in task.test[:2])
-    return " ".join([*sentences, "All numbers are from images that were not learned from: "
-                     f"{tested} of the two groups."])
-
-def _summary(task: _Task, how: _How, masks: list, chosen, cards, beside, shared, out, page) -> dict:
-    "What the command gives back; with all its tables it is in a file too."
-    from superpos.core import atomic_write
-    summary = dict(unit=str(task.unit), keep=masks[0][0].float().mean().item(),
-                   groups=task.names[:2], learned_from=[len(x) for x in task.learn],
-                   tested_on=[len(x) for x in task.test], controls=chosen,
-                   jaccard=shared.jaccard.iloc[-1], expected=shared.expected.iloc[-1])
-    everything = dict(summary, method=how.method, settings=how.settings(), given=task.given,
-                      cards=cards, control_units=beside, shared=shared)
-    with atomic_write(out/"summary.json") as p:
-        p.write_text(json.dumps(_plain(everything), indent=1))
-    few = cards[cards.test.isin(["whole network", "circuit", "random"])]
-    return dict(summary, report=page, cards=few[["group", "test", *_measures[:4]]],
-                control_units=beside)
-
-# %% ../nbs/60_cli.ipynb #b5c7a260
-def _circuits(task: _Task, masks: list, cards, beside, shared,
-              chosen: list[int]) -> dict[str, list]:
-    "The sections of a report on two circuits."
-    from superpos import plot
-    plot.style()
-    strips = [Picture(f"images-{k}", plot.images(list(x), columns=8),
-                      f"Images of {name}, cut to what the unit sees.",
-                      f"A row of {len(x)} small images.")
-              for k, (name, x) in enumerate(zip(task.names, task.shown))]
-    of = lambda frame, name: frame[frame.group == name].drop(columns="group").replace(
-        dict(measure=_in_words)).rename(columns=_in_words)
-    circuits = {f"The circuit for {name}": [of(cards, name), *_diagram(task, own, *masks[own][:2])]
-                for own, name in enumerate(task.names[:2])}
-    rows = ([part for name in task.names[:2] for part in (f"For {name}:", of(beside, name))]
-            if chosen else [])
-    units = ("The same recipe on other units of the layer, with the same images. A separation that "
-             "they reach too says nothing about this unit; p is the share of units, this one "
-             "included, that reach as much." if chosen else
-             "No control units were asked for, so a separation is no evidence by itself.")
-    return {"The images": strips, "How to read the tables": [_explained(task)], **circuits,
-            "Control units": [units, *rows],
-            "What the two share": ["Jaccard index of the two masks, layer by layer, beside what "
-                                   "independent masks of the same sizes would have (95 % range).",
-                                   shared]}
-
-def _explained(task: _Task) -> str:
-    "What the measures are, and what takes the place of what is left out."
-    others = ("; on mean and resample it is what the background gives there, on average or by one "
-              "of its images" if task.path.exact_crop else "")
-    return ("AUROC: the probability that an image of the group drives the unit more than one of "
-            "the others. Correlation and slope compare the unit's response on the circuit with "
-            "that on the whole network, within the group. Means are of its response before the "
-            f"ReLU. What is not in the circuit is nought{others}. The complement is the network "
-            "without the circuit; random masks keep as many parameters in each layer.")
-
-# %% ../nbs/60_cli.ipynb #71f0ad5c
-def _diagram(task: _Task, own: int, mask, layout) -> list:
-    "The strongest paths of a circuit, where it is a chain of convolutions."
-    from superpos import plot
-    from superpos.circuit import skeleton
-    if not task.path.exact_crop:
-        return [f"There is no diagram: it follows chains of convolutions, and {task.path.why}."]
-    try: bones = skeleton(task.path, task.unit.index, mask, layout, task.test[own])
-    except ValueError as problem: return [f"There is no diagram: {problem}."]
-    first, filters = task.path.parameters()[layout.names[0]].detach().cpu(), {}
-    coloured = first.shape[1] == 3
-    if len(bones.layers) > 2 and coloured and first.shape[-1] > 1:
-        for place, f in enumerate(first[list(bones.nodes[1])]):
-            filters[1, place] = ((f - f.min())/(f.max() - f.min()).clamp(min=1e-9)).numpy()
-    inputs = [("red", "green", "blue")[c] if coloured else "grey" for c in bones.nodes[0]]
-    figure = plot.circuit_diagram(bones.layers, [inputs, *bones.nodes[1:]], bones.edges, filters)
-    caption = (f"The strongest paths of the circuit, which hold {bones.share:.0%} of its strength. "
-               "Blue raises the unit, orange lowers it; width is strength.")
-    alt = (f"{len(bones.layers)} columns of nodes, from the channels of the image to the unit, "
-           f"joined by {len(bones.edges)} lines.")
-    return [Picture(f"diagram-{own}", figure, caption, alt)]
+    from superpos.report import control_units, report_circuits, two_masks
+    groups, given = _compared(unit, sources, search.seed)
+    find = lambda v, own: _mask(groups, v, own, method, keep, search, Path(out)/"state")
+    others = control_units(groups, controls, search.seed)
+    masks, judged = two_masks(groups, find, others)
+    used = ("per", "seed", *(("objective", "steps") if method == "learned" else ()))
+    settings = dict(keep=keep, **{k: getattr(search, k) for k in used})
+    return report_circuits(out, groups, masks, judged, others, method, settings, given)
 
 # %% ../nbs/60_cli.ipynb #d8b66d80
 def do_sparsify(
@@ -872,11 +536,8 @@ def do_sparsify(
     out: str = "frontier",  # folder for the results; what is finished in it is not done again
     keeps: str = "0.01,0.02,0.05,0.1,0.2,0.5",  # fractions of the relevant parameters to keep
     seeds: AtLeast1 = 3,  # trainings of each size
-    per: Per = "kernel",  # what is kept or dropped as one
-    objective: Objective = "preserve",  # the unit's response, or only the order of the groups
-    steps: AtLeast1 = 100,  # of each training
-    seed: AtLeast0 = 0,  # of the split into images to learn from and to test on
     workers: AtLeast1 = 1,  # processes to share the trainings among
+    search: Search = Search(),  # how masks are looked for
     sources: Sources = Sources(),  # the network and the groups of images
 ) -> dict:  # AUROC on the whole network, the path of the report, and means for each size
     """How faithful a unit's circuit for the first group is, by how much it keeps.
@@ -894,65 +555,17 @@ def do_sparsify(
     """
     import joblib
 
+    from superpos.report import beside_random, report_frontier
     from superpos.sparsify import frontier
-    sizes, out = _numbers(keeps, "--keeps", float), Path(out)
-    task = _task(unit, sources, seed)
-    (out/"state").mkdir(parents=True, exist_ok=True)
+    sizes, state = _numbers(keeps, "--keeps", float), Path(out)/"state"
+    groups, given = _compared(unit, sources, search.seed)
+    state.mkdir(parents=True, exist_ok=True)
     with joblib.parallel_config(n_jobs=workers):
-        table = frontier(task.path, task.unit.index, *task.learn, sizes, range(seeds), objective,
-                         lambda learned: _beside_random(task, learned), out/"state", per=per,
-                         steps=steps).drop(columns="learned")
-    _write_table(out/"frontier.csv", table)
-    before = _card(task, task.unit.index, 0, None, None)["auroc_other"]
-    means = table.groupby("keep", as_index=False)[
-        ["auroc_other", "random_auroc_other", "correlation", "random_correlation", "undecided",
-         "gap"]].mean()
-    lead = (f"On the whole network {task.unit} ranks {task.names[0]} above {task.names[1]} with "
-            f"probability {before:.2f}. All numbers are from images that were not learned from.")
-    picture = _frontier_picture(task, table, sizes, before)
-    page = report(out, f"{task.unit}: how little is enough", lead,
-                  {"The frontier": [picture, means, _sure], "All trainings": [table]},
-                  made_with(unit=unit, **task.given, keeps=keeps, seeds=seeds, per=per,
-                            objective=objective, steps=steps, seed=seed))
-    return dict(unit=str(task.unit), groups=task.names[:2], auroc_before=before, report=page,
-                table=means)
-
-# %% ../nbs/60_cli.ipynb #3c5e8f92
-_sure = ("undecided: the share of a mask that the training left between keeping and dropping; gap: "
-         "how far rounding it moves the response, in deviations. Where they are not small (0.01, "
-         "0.5), take more steps.")
-
-def _beside_random(task: _Task, learned) -> dict:
-    "How a learned mask does, and a random one of its size."
-    from superpos.mask import random_like
-    masks = {"": learned.mask,
-             "random_": random_like(learned.mask, learned.layout, learned.recipe.seed)}
-    return {f"{name}{k}": v for name, mask in masks.items()
-            for k, v in _card(task, task.unit.index, 0, mask, learned.layout).items()
-            if k in _measures[:3]}
-
-def _frontier_picture(task: _Task, table, sizes: list[float], before: float) -> Picture:
-    "What learned and random masks do, by their size."
-    from matplotlib import pyplot as plt
-
-    from superpos import plot
-    plot.style()
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    titles = f"AUROC over {task.names[1]}", "Correlation with its own response"
-    for ax, k, title in zip(axes, ("auroc_other", "correlation"), titles):
-        for prefix, colour, name in (("", plot.own, "learned"),
-                                     ("random_", plot.background, "random")):
-            rows = table.pivot(index="seed", columns="keep", values=prefix + k)
-            plot.band(rows.columns, rows.values, ax, colour, name)
-        ax.set(xscale="log", xlabel="kept", title=title)
-        ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
-        ax.minorticks_off()
-    axes[0].axhline(before, ls="--", lw=1, color=plot.palette["grey"], label="whole network")
-    axes[0].legend()
-    return Picture("frontier", fig, f"{task.unit} on ever smaller circuits for {task.names[0]}: "
-                   f"means over {table.seed.nunique()} seeds, and their range.",
-                   "Two panels with a line for learned masks and one for random masks, over the "
-                   "fraction kept.")
+        table = frontier(groups.path, groups.unit.index, *groups.learn, sizes, range(seeds),
+                         search.objective, lambda learned: beside_random(groups, learned),
+                         state, per=search.per, steps=search.steps).drop(columns="learned")
+    settings = given | dict(keeps=keeps, seeds=seeds) | dataclasses.asdict(search)
+    return report_frontier(out, groups, table, settings)
 
 # %% ../nbs/60_cli.ipynb #d26a90be
 Strategy = Literal[
@@ -1013,22 +626,14 @@ def do_label(
 
         superpos label --images cifar10 --test cifar10:test --network resnet18_3x3
     """
-    from superpos.core import atomic_write, encode
     from superpos.learn import Plan, experiment
-    out, plan = Path(out), Plan(**dataclasses.asdict(plan))
+    from superpos.report import report_labels
+    plan, state = Plan(**dataclasses.asdict(plan)), Path(out)/"state"
     pool, held_out = _pool(images, test, size, plan.seed)
-    (out/"state").mkdir(parents=True, exist_ok=True)
-    found = experiment(plan, pool, held_out, folder=out/"state", every=10)
-    with atomic_write(out/"record.json") as p: p.write_text(json.dumps(encode(found.as_dict())))
-    table, sections = _loops(found, pool)
-    _write_table(out/"loops.csv", table)
-    lead = (f"With {table.labelled.iloc[-1]:,} labels chosen by {plan.strategy}, accuracy is "
-            f"{table.accuracy.iloc[-1]:.1%} on {len(held_out):,} images. One seed says little "
-            "about a strategy: compare several.")
-    page = report(out, "Training with few labels", lead, sections,
-                  made_with(images=images, test=test, size=size, **dataclasses.asdict(plan)))
-    return dict(images=len(pool), test=len(held_out), strategy=plan.strategy,
-                protocol=plan.protocol, report=page, table=table)
+    state.mkdir(parents=True, exist_ok=True)
+    found = experiment(plan, pool, held_out, folder=state, every=10)
+    given = dict(images=images, test=test, size=size, **dataclasses.asdict(plan))
+    return report_labels(out, found, pool, len(held_out), given)
 
 # %% ../nbs/60_cli.ipynb #4f81b7d0
 def _pool(images: str, test: str, size: int, seed: int) -> tuple:
@@ -1038,27 +643,6 @@ def _pool(images: str, test: str, size: int, seed: int) -> tuple:
     if test: return pool, _images(test, size, "--test")
     order, fifth = np.random.default_rng(seed).permutation(len(pool)), len(pool)//5
     return pool.select(np.sort(order[fifth:])), pool.select(np.sort(order[:fifth]))
-
-def _loops(found, pool) -> tuple:
-    "A table of a run, and the sections of its report."
-    import numpy as np
-    import pandas as pd
-    from matplotlib import pyplot as plt
-
-    from superpos import plot
-    columns = "labelled", "steps", "accuracy", "loss", "ece"
-    table = pd.DataFrame(dict(loop=np.arange(len(found.labelled)),
-                              **{k: getattr(found, k) for k in columns}))
-    plot.style()
-    fig, ax = plt.subplots(figsize=(6, 3))
-    ax.plot(table.labelled, table.accuracy, "o-", color=plot.own)
-    ax.set(xlabel="labelled images", ylabel="accuracy",
-           title=f"{found.plan['strategy']}, {found.plan['protocol']}")
-    picture = Picture("accuracy", fig, "Accuracy on images that were not learned from, by how many "
-                      "are labelled.", f"A line through {len(table)} points, one for each loop.")
-    counts = pd.DataFrame(found.counts, columns=list(pool.classes)).assign(loop=table.loop)
-    asked = [counts[["loop", *pool.classes]]] if len(pool.classes) <= 20 else []
-    return table, {"Accuracy": [picture, table]} | ({"What was asked for": asked} if asked else {})
 
 # %% ../nbs/60_cli.ipynb #adf2f7d8
 def do_toy(
@@ -1086,59 +670,18 @@ def do_toy(
 
         superpos toy --n 20 --m 5 --density 1,0.3,0.1,0.03 --decay 1
     """
-    import pandas as pd
     import torch
 
-    from superpos.geometry import dimensionality
+    from superpos.report import report_toys
     from superpos.toy import Features, best_seed, expected_loss, train
-    densities, importance = _numbers(density, "--density", float), decay**torch.arange(n)
-    features = Features(n, torch.tensor(densities)[:, None], importance)
+    densities, importance = _numbers(density, "--density", float), [decay**i for i in range(n)]
+    features = Features(n, torch.tensor(densities)[:, None], torch.tensor(importance))
     run = train(features, m, kind, seeds=range(seeds), steps=steps, batch=batch, lr=lr)
-    toy = best_seed(run.toy, losses := expected_loss(run.toy, features))
-    toy.save(Path(out)/"toy.safetensors")
-    table = pd.DataFrame([dict(density=p, feature=i, importance=decay**i, norm=w.norm().item(),
-                               dimensionality=d.item())
-                          for p, W in zip(densities, toy.W[:, 0])
-                          for i, (w, d) in enumerate(zip(W.T, dimensionality(W)))])
-    _write_table(Path(out)/"features.csv", table)
-    summary = pd.DataFrame([dict(density=p, loss=l, represented=int((W.norm(dim=0) > .5).sum()))
-                            for p, l, W in zip(densities, losses.amin(1).tolist(), toy.W[:, 0])])
-    lead = "; ".join(f"at density {r.density:g}, {r.represented} of {n} features are represented"
-                     for r in summary.itertuples()) + "."
-    page = report(out, f"{n} features in {m} dimensions", lead[0].upper() + lead[1:],
-                  {"The models": [_toy_picture(toy, densities), summary],
-                   "Every feature": [table]},
-                  made_with(n=n, m=m, density=density, decay=decay, kind=kind, seeds=seeds,
-                            steps=steps, batch=batch, lr=lr))
-    return dict(report=page, table=summary)
-
-# %% ../nbs/60_cli.ipynb #90a1c6ef
-def _toy_picture(toy, densities: list[float]) -> Picture:
-    "What comes out for what goes in, for each density; and the plane, where there is one."
-    from matplotlib import pyplot as plt
-
-    from superpos import plot
-    plot.style()
-    rows, many = 2 if toy.W.shape[2] == 2 else 1, len(densities)
-    fig, axes = plt.subplots(rows, many, figsize=(2.6*max(2, many), 2.8*rows), squeeze=False)
-    for p, W, V, column in zip(densities, toy.W[:, 0], toy.readout[:, 0], axes.T):
-        top = float((V @ W).abs().max())
-        column[0].imshow(V @ W, cmap="RdBu_r", vmin=-top, vmax=top)
-        column[0].set_title(f"density {p:g}", loc="center")
-        if rows == 2: _arrows(column[1], W)
-    for ax in axes.flat: ax.set(xticks=[], yticks=[])
-    below = "; below, the direction of each feature in the plane" if rows == 2 else ""
-    arrows = ", and arrows below each" if rows == 2 else ""
-    return Picture("toy", fig, f"From input to output features, WᵀW{below}.",
-                   f"A matrix of {toy.n} by {toy.n} for each density{arrows}.")
-
-def _arrows(ax, W) -> None:
-    "The direction of each feature in the plane."
-    from superpos import plot
-    reach, colours = 1.15*float(W.norm(dim=0).max()), list(plot.palette.values())
-    for i, (x, y) in enumerate(W.T.tolist()):
-        ax.annotate("", (x, y), (0, 0), arrowprops=dict(arrowstyle="-|>", color=colours[i % 8]))
-    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    losses = expected_loss(run.toy, features)
+    given = dict(n=n, m=m, density=density, decay=decay, kind=kind, seeds=seeds, steps=steps,
+                 batch=batch, lr=lr)
+    return report_toys(out, best_seed(run.toy, losses), densities, losses.amin(1).tolist(),
+                       importance, given)
 
 # %% ../nbs/60_cli.ipynb #032da3fa
 def _root() -> Path | None:
@@ -1316,16 +859,13 @@ _sets = {  # name: the folders it may be in, and how to get it
     "weights": (("weights",), "weights of AlexNet and SqueezeNet as alexnet_features.safetensors "
                 "and squeezenet1_0_deepcompression.safetensors")}
 
-def _homes() -> list[Path]:
-    "The folders where data is looked for."
-    from superpos.core import cache_dir
-    named = os.environ.get("SUPERPOS_DATA")
-    return [Path(p).expanduser() for p in (named, cache_dir()/"data") if p]
-
 def _where() -> dict[str, Path | None]:
-    "Where each set is, as `data.find_data` would find it."
-    return {name: next((home/f for home in _homes() for f in folders if (home/f).exists()), None)
-            for name, (folders, _) in _sets.items()}
+    "Where each set is, if it is here."
+    from superpos.data import MissingData, find_data
+    def place(folders):
+        try: return find_data(folders)
+        except MissingData: return None
+    return {name: place(folders) for name, (folders, _) in _sets.items()}
 
 def do_data_list() -> dict:  # counts, and a row for each set
     """The sets of images that the studies use: what is here, and how to get the rest.
@@ -1335,10 +875,11 @@ def do_data_list() -> dict:  # counts, and a row for each set
         superpos data list
         SUPERPOS_DATA=~/data superpos data list
     """
+    from superpos.data import _homes
     found = _where()
     rows = [dict(name=name, place=found[name] and str(found[name]),
                  to_get_it=None if found[name] else how) for name, (_, how) in _sets.items()]
-    return dict(looked_in=", ".join(map(str, _homes())), found=sum(map(bool, found.values())),
+    return dict(looked_in=", ".join(map(str, _homes(None))), found=sum(map(bool, found.values())),
                 table=rows)
 
 # %% ../nbs/60_cli.ipynb #c09b3e75
@@ -1354,14 +895,14 @@ def do_data_fetch(
         superpos data fetch cifar10
         superpos data fetch tiny_imagenet --root ~/data
     """
-    from superpos.data import archives, fetch
+    from superpos.data import _homes, archives, fetch
     known = {name: next((f for f in folders if f in archives), None)
              for name, (folders, _) in _sets.items()}
     if not known.get(name):
         way = f"; to get it: {_sets[name][1]}" if name in _sets else ""
         raise ValueError(f"'{name}' cannot be fetched; there is "
                          f"{', '.join(n for n, f in known.items() if f)}{way}")
-    home = Path(root).expanduser() if root else _homes()[0]
+    home = next(_homes(root))
     url, folder = archives[known[name]][0], home/known[name]
     try: return dict(name=name, place=fetch(known[name], home))
     except OSError as problem:

@@ -1,13 +1,35 @@
 "Reports: one file that holds all it shows, whatever is put into it."
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from bs4 import BeautifulSoup
 from matplotlib import pyplot as plt
+from torch import nn
 
-from superpos.report import Picture, digits, html_table, made_with, report
+from superpos.data import shapes
+from superpos.dissect import Dissection
+from superpos.field import pathway
+from superpos.mask import Layout
+from superpos.model import Unit, imagenet_input
+from superpos.report import (
+    Groups,
+    Picture,
+    _answer,
+    as_text,
+    control_units,
+    digits,
+    html_table,
+    judge,
+    made_with,
+    plain,
+    report,
+    two_masks,
+)
 
 nasty = '<script>alert("x")</script> & "quotes"'
 
@@ -70,3 +92,66 @@ def test_digits(v, text):
 
 def test_settings_without_a_value_are_left_out():
     assert made_with(a=0, b="", c=None, d="x").startswith("a = 0, d = x. superpos ")
+
+
+def test_plain_values_are_json():
+    frame = pd.DataFrame(dict(a=[1, 2], b=[np.nan, .5]))
+    found = plain(dict(frame=frame, array=np.arange(2), path=Path("x"),
+                       tensor=torch.tensor([np.inf])))
+    assert found == dict(frame=[dict(a=1, b=None), dict(a=2, b=.5)], array=[0, 1], path="x",
+                         tensor=[None])
+    json.dumps(found, allow_nan=False)
+
+
+def test_text_for_a_terminal():
+    found = dict(n=1234, x=.123456, names=("a", "b"), none=pd.DataFrame(),
+                 table=pd.DataFrame(dict(word=["long word", "w"], value=[1.5, None])))
+    assert as_text(found) == ("n                 1,234\nx                 0.123\n"
+                              "names             a, b\n\nword       value\n"
+                              "long word    1.5\nw              -")
+
+
+@pytest.mark.parametrize("several,words", [
+    (0, "They are not shown to answer to more than one group"),
+    (1, "1 of them answers to more than one group"), (2, "2 of them answer to more than one")])
+def test_what_is_not_shown_is_not_denied(several, words):
+    found = Dissection(pd.DataFrame(dict(name=["a:0", "a:1"])), dict(layer="a", level=.05))
+    said = _answer(found, several, 100)
+    assert words in said and ("the others are not shown to" in said) == (several == 1)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3)).eval()
+    net[2].weight.data[3], net[2].bias.data[3] = 0., 1.                 # a unit that is constant
+    images = shapes(60, seed=0)
+    thirds = [images.select(np.arange(60)[k::3]) for k in range(3)]
+    return Groups.of(pathway(net, "2", (32, 32)), Unit("2", 0), thirds, imagenet_input, most=15)
+
+
+def test_groups_are_split_and_told_apart(groups):
+    assert [len(x) for x in groups.learn] == [9]*3 and [len(x) for x in groups.test] == [6]*3
+    both = [torch.cat(half).flatten(1) for half in (groups.learn, groups.test)]
+    assert not (both[0][:, None] == both[1]).all(-1).any()
+    assert len(set(groups.names[:2])) == 2
+
+
+def test_control_units_are_alive_and_others(groups):
+    assert sorted(control_units(groups, 9)) == [1, 2, 4]
+    assert control_units(groups, 2, seed=1) == control_units(groups, 2, seed=1)
+
+
+def test_masks_of_a_unit_beside_those_of_controls(groups):
+    layout = Layout.of(groups.path, 0, "kernel")
+    asked = []
+    def find(unit, own):
+        asked.append((unit, own))
+        return torch.arange(len(layout)) % 2 == own, layout, {}
+    masks, judged = two_masks(groups, find, [2, 4])
+    assert asked == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
+    assert [bool(mask[1]) for mask, *_ in masks] == [False, True]
+    card = judge(groups, 0, 1, *masks[1][:2])
+    row = judged[groups.names[1], "auroc_other"]
+    assert row["value"] == card["auroc_other"] and len(row["controls"]) == 2
+    assert two_masks(groups, find)[1] == {}

@@ -266,6 +266,7 @@ def _scores(table, several, level: float) -> Picture:
                                (~sure, plot.background, "not told apart from one group")):
         ax.scatter(np.arange(len(ranked))[rows], ranked.score[rows], s=16, color=colour, label=name)
     ax.set(xlabel="units, by score", ylabel="effective number of groups")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
     return Picture("overview", fig, "The polysemanticity score of every unit: the effective number "
                    "of groups among its strongest images.",

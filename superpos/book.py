@@ -457,11 +457,22 @@ def _unfolded(source: str) -> str:
 def _has_picture(cell: dict) -> bool:
     return any(mime.startswith("image/") for o in cell["outputs"] for mime in o.get("data", ()))
 
+def _is_study(notebook: Path) -> bool:
+    "Whether a page rests on saved results or conclusions and exports nothing."
+    code = "\n".join(c["source"] for c in _cells(notebook) if c["cell_type"] == "code")
+    rests = re.search(r"\b(?:recall|conclude|findings)\(", code)
+    return bool(rests) and not re.search(r"#\| *default_exp\b", code)
+
+def _closed(source: str) -> str:
+    "A cell whose code is folded, unless the cell says otherwise."
+    return source if re.search(r"(?m)^#\| *code-fold:", source) else f"#| code-fold: true\n{source}"
+
 def _for_page(notebook: Path) -> str:
-    "A notebook as nbdev is to read it: options unfolded, and no caption without a picture."
-    nb = json.loads(notebook.read_text(encoding="utf-8"))
+    "A notebook as nbdev is to read it: options unfolded, no caption without a picture."
+    nb, study = json.loads(notebook.read_text(encoding="utf-8")), _is_study(notebook)
     for cell in (c for c in nb["cells"] if c["cell_type"] == "code"):
         source = _unfolded("".join(cell["source"]))
+        if study: source = _closed(source)
         if not _has_picture(cell):
             source = re.sub(r"(?m)^#\| *(?:label: *fig-|fig-cap:|fig-alt:).*\n?", "", source)
         cell["source"] = source.splitlines(keepends=True)
@@ -608,6 +619,14 @@ def _finished(text: str) -> str:
     text = _fetched_tag.sub("", _fetched_font.sub("", text))
     return _drawn.sub(_half_width, text.replace('href="./"', 'href="./index.html"'))
 
+_code_switch = (
+    '<button type="button" aria-pressed="false" onclick="'
+    "const open = this.getAttribute('aria-pressed') === 'false'; "
+    "this.setAttribute('aria-pressed', open); "
+    "this.textContent = open ? 'Hide code' : 'Show code'; "
+    "document.querySelectorAll('details.code-fold').forEach((fold) => fold.open = open);"
+    '">Show code</button>')
+
 def _beside(root: Path, notebook: Path, site: Path) -> str:
     "The links of a page to its source, its notebook and its module's names."
     given, name = _settings(root), notebook.name
@@ -615,6 +634,7 @@ def _beside(root: Path, notebook: Path, site: Path) -> str:
              f'<a href="notebooks/{name}" download>Notebook</a>']
     if (module := _module(notebook)) and (site/"reference.html").exists():
         links.append(f'<a href="reference.html#{module}">API</a>')
+    if _is_study(notebook): links.append(_code_switch)
     return f'<p class="book-beside">{" ".join(links)}</p>'
 
 _search_from_disk = """
@@ -732,11 +752,13 @@ def readme(
 
     def link(m: re.Match) -> str: return f"nbs/{m[0]}" if m[0] in names else m[0]
 
+    def said(text: str) -> str: return re.sub(r"(?<=\]\()[\w-]+\.ipynb", link, text)
+
     for cell in _cells(root/"nbs"/"index.ipynb"):
-        if cell["cell_type"] == "markdown":
-            parts.append(re.sub(r"(?<=\]\()[\w-]+\.ipynb", link, cell["source"]))
-        for output in cell.get("outputs", []):
-            if not (png := output.get("data", {}).get("image/png")): continue
+        if cell["cell_type"] == "markdown": parts.append(said(cell["source"]))
+        for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if text := "".join(data.get("text/markdown", "")): parts.append(said(text))
+            if not (png := data.get("image/png")): continue
             option = _options(cell["source"])
             picture = root/"nbs"/"images"/f"{option['label']}.png"
             files[picture] = base64.b64decode("".join(png))

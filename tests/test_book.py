@@ -545,6 +545,17 @@ def test_what_is_not_drawn_has_no_caption(project):
     assert table == ["#| label: tbl-a\n", "1"]
 
 
+def test_code_of_a_study_is_folded(project):
+    own = "#| code-fold: show\n1"
+    study = page(project/"nbs"/"00_a.ipynb", "# A", "recall('x')", own)
+    chapter = page(project/"nbs"/"01_b.ipynb", "# B", "#| default_exp b", "recall('x')")
+    tutorial = page(project/"nbs"/"02_c.ipynb", "# C", "recalled(1)")
+
+    def sources(path): return ["".join(c["source"]) for c in json.loads(_for_page(path))["cells"]]
+    assert sources(study) == ["# A", "#| code-fold: true\nrecall('x')", own]
+    assert not [s for path in (chapter, tutorial) for s in sources(path) if "code-fold" in s]
+
+
 def test_search_of_quarto_is_made_to_work_from_disk(project):
     page(project/"nbs"/"00_a.ipynb", "1")
     (site := project/"_docs").mkdir()
@@ -667,8 +678,15 @@ def test_site_that_is_not_there_is_refused(tmp_path):
 
 
 def test_readme_has_text_and_pictures(project):
-    files = readme(tiny(project))
+    written = dict(output_type="display_data", metadata={},
+                   data={"text/markdown": ["By [code](10_two.ipynb),\n", "so."]})
+    index = tiny(project)/"nbs"/"index.ipynb"
+    nb = json.loads(index.read_text())
+    nb["cells"][2]["outputs"].insert(0, written)
+    index.write_text(json.dumps(nb))
+    files = readme(project)
     text = files[project/"README.md"].decode()
+    assert "By [code](nbs/10_two.ipynb),\nso." in text
     assert text.startswith("# Tiny\n") and "[two](nbs/10_two.ipynb#twice)" in text
     assert '<a id="fig-here"></a>\n\n![One dot.](nbs/images/fig-here.png)\n\n*A dot: one.*' in text
     assert files[project/"nbs"/"images"/"fig-here.png"].startswith(b"\x89PNG")

@@ -1,6 +1,6 @@
 """The rendered site in a real browser, opened from disk: a headless Chromium or Chrome.
 
-The site is `_docs` if that holds the pages as they are written now; otherwise three pages are
+The site is `_docs` if that holds the pages as they are written now; otherwise a few pages are
 rendered for these tests.
 """
 import filecmp
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from superpos.book import _written, notebooks, reference
+from superpos.book import _is_study, _page_name, _written, notebooks, reference
 
 root = Path(__file__).resolve().parent.parent
-few = "index.ipynb", "01_plot.ipynb", "71_reference.ipynb"
+few = "index.ipynb", "01_plot.ipynb", "19_absolute_value.ipynb", "71_reference.ipynb"
 phone, desk, columns = 390, 1400, 100
 rendering = """
 from superpos.book import render
@@ -132,6 +132,17 @@ const code = (frame) => {
       size: parseFloat(style.fontSize), cut: pre.scrollWidth > pre.clientWidth + 1};
   });
 };
+const shares = (body) => {
+  const main = body.querySelector("main"), start = main.getBoundingClientRect();
+  const pictures = [...main.querySelectorAll("figure, .cell-output-display svg, main img")]
+    .filter((e) => e.getBoundingClientRect().height > 50);
+  const blocks = [...main.querySelectorAll("div.sourceCode")]
+    .filter((e) => !e.closest("details:not([open])"));
+  const high = blocks.reduce((sum, e) => sum + e.getBoundingClientRect().height, 0);
+  const first = pictures.length ? pictures[0].getBoundingClientRect().top : NaN;
+  return {high: Math.round(start.height), code: high/start.height,
+    first: Math.round(first + body.defaultView.scrollY)};
+};
 const look = async (page) => {
   const frame = document.createElement("iframe");
   frame.style.cssText = "width: PHONEpx; height: 800px; border: 0";
@@ -141,13 +152,24 @@ const look = async (page) => {
   await loaded;
   await later(60);
   const body = frame.contentDocument, view = frame.contentWindow;
+  frame.style.width = "DESKpx";
+  await later(60);
+  const shape = shares(body);
+  const button = body.querySelector(".book-beside button");
+  const closed = () => body.querySelectorAll("details.code-fold:not([open])").length;
+  const pressed = button && [closed(), button.click(), closed(), button.click(), closed()];
+  frame.style.width = "PHONEpx";
+  await later(60);
   const width = body.documentElement.scrollWidth;
   const sticksOut = (e) => e.getBoundingClientRect().right > PHONE + 1
     && !e.closest("pre, .sd-table, math");
   const wide = width <= PHONE ? [] : [...body.querySelectorAll("main *")].filter(sticksOut)
     .map((e) => e.tagName.toLowerCase() + "." + e.className).slice(0, 3);
+  const cut = [...body.querySelectorAll("main .sd-table, main :not(.sd-table) > table")]
+    .filter((e) => e.scrollWidth > e.clientWidth + 1);
+  const edges = cut.map((e) => view.getComputedStyle(e).backgroundImage.includes("gradient"));
   const pictures = [...body.images];
-  const said = {title: body.title, width, wide, faint: faint(frame),
+  const said = {title: body.title, width, wide, shape, pressed, edges, faint: faint(frame),
     words: body.querySelector("main").innerText.length,
     blind: pictures.filter((i) => !i.alt.trim()).length,
     broken: pictures.filter((i) => !i.naturalWidth).length,
@@ -219,6 +241,11 @@ def test_pages_fit_a_phone(toured):
     assert {page: wide for page, wide in widths.items() if wide[0] > phone} == {}
 
 
+def test_tables_that_scroll_show_an_edge(toured):
+    edges = [edge for s in toured[0].values() for edge in s["edges"]]
+    assert edges and all(edges)
+
+
 def test_code_keeps_its_lines(toured):
     for page, s in toured[0].items():
         for block in s["broad"]:
@@ -239,6 +266,31 @@ def test_pages_respond(toured):
     for page, s in toured[0].items():
         assert len(set(s["toggled"])) == 2, f"{page}: light and dark look alike"
         assert all(s["folds"]), f"{page}: a fold does not open"
+
+
+def test_code_of_studies_is_folded(site, toured):
+    for page, s in sorted(toured[0].items()):
+        shape = s["shape"]
+        print(f"{page:<26}{shape['high']:>8} px, code {shape['code']:4.0%}, first figure at "
+              f"{shape['first'] or '–'}")
+    studies = {p.stem for p in (root/"nbs").glob("*.ipynb") if _is_study(p)}
+    seen = {page: s for page, s in toured[0].items()
+            if any(page == _page_name(f"{stem}.html") for stem in studies)}
+    assert seen and max(s["shape"]["code"] for s in seen.values()) <= .2
+    for page, s in toured[0].items():
+        assert bool(s["pressed"]) == (page in seen), page
+        if page in seen:
+            all_closed, _, none, _, again = s["pressed"]
+            assert all_closed == again > none == 0, page
+
+
+def test_the_front_page_begins_with_its_figure(toured):
+    assert toured[0]["index.html"]["shape"]["first"] < 900
+
+
+def test_pages_are_light(site):
+    sizes = {p.name: p.stat().st_size for p in site.glob("*.html")}
+    assert sizes["index.html"] < 1.5e6, sizes
 
 
 def search(site: Path, browse, words: str) -> list[str]:

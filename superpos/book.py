@@ -513,6 +513,7 @@ def _edit_markdown(path: Path, change) -> None:
     "Apply `change` to a notebook's text cells and Markdown outputs; every text is a list of lines."
     nb = json.loads(path.read_text(encoding="utf-8"))
     for cell in nb["cells"]:
+        cell.pop("has_sd", None)  # a mark of nbdev's, which nbformat refuses
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": source = change(source)
         if cell["cell_type"] == "raw": source = re.sub(r"(?m)^output-file: .*\n", "", source)

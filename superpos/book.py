@@ -28,6 +28,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+# %% ../nbs/70_book.ipynb #b00ca7e1
+from .core import atomic_write
+
 # %% ../nbs/70_book.ipynb #6946a93d
 class NotebookError(RuntimeError):
     "A cell failed. The message names the notebook, the cell and the error."
@@ -767,6 +770,12 @@ def readme(
             parts.append(f"<a id=\"{option['label']}\"></a>\n\n{shown}\n\n*{option['fig-cap']}*")
     return {root/"README.md": ("\n\n".join(parts) + "\n").encode()} | files
 
+def _put(path: Path, contents: bytes) -> None:
+    "Write a file whole or not at all, and only where it changes."
+    if path.exists() and path.read_bytes() == contents: return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary: temporary.write_bytes(contents)
+
 def write(
     root: str | Path = ".",  # of the project
 ) -> None:
@@ -775,14 +784,10 @@ def write(
     pages = {nb: _executed(root, nb) for nb in notebooks(root)}
     for nb, copy in pages.items():
         moved += _moved(root, nb)
-        if copy.read_bytes() != nb.read_bytes(): shutil.copy(copy, nb)
+        _put(nb, copy.read_bytes())
     concluded, ours = root/"_build"/"nbs"/"results"/"findings", root/"nbs"/"results"/"findings"
-    for found in concluded.glob("*.json"):
-        ours.mkdir(parents=True, exist_ok=True)
-        shutil.copy(found, ours)
-    for path, contents in readme(root).items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(contents)
+    for found in concluded.glob("*.json"): _put(ours/found.name, found.read_bytes())
+    for path, contents in readme(root).items(): _put(path, contents)
     for line, agrees in moved: print(line if agrees else f"{line}  (further than {tolerance:.0%})")
     print(f"{len(moved)} numbers moved, {sum(not agrees for _, agrees in moved)} of them further "
           f"than {tolerance:.0%}")

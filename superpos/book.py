@@ -598,7 +598,8 @@ def _finish_sidebar(root: Path, folder: Path, for_quarto: bool) -> None:
     (folder/"llms.txt").write_text(_contents(root, site), encoding="utf-8")
     names = {nb.name for nb in notebooks(root)}
     site["website"]["sidebar"] = _present(site["website"]["sidebar"], names)
-    if not for_quarto: del site["format"]["html"]["html-math-method"]
+    if not for_quarto:  # smalldocs knows neither
+        for option in ("html-math-method", "grid"): site["format"]["html"].pop(option, None)
     text = yaml.safe_dump(site, sort_keys=False, allow_unicode=True)
     (folder/"_quarto.yml").write_text(text, encoding="utf-8")
 

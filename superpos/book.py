@@ -507,6 +507,11 @@ def _with_fields(markdown: str, fields: dict[str, str]) -> str:
     return re.sub(r"(?ms)^```python\ndef (\w+)\(.*?^```$",
                   lambda m: f"```python\n{fields[m[1]]}\n```" if m[1] in fields else m[0], markdown)
 
+def _without_links(markdown: str) -> str:
+    "Links that nbdev makes of names in the comments of a signature would be shown as they are."
+    return re.sub(r"(?ms)^```python$.*?^```$",
+                  lambda m: re.sub(r"\[(`[^`\n]+`)\]\([^)\n]*\)", r"\1", m[0]), markdown)
+
 def _restage(markdown: str, names: set[str], online: str) -> str:
     markdown = re.sub(re.escape(online) + r"/([\w-]+)\.html", r"\1.ipynb", markdown)
     return re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: _page_name(m[0]) if m[0] in names else m[0],
@@ -585,7 +590,7 @@ def _finish_page(root: Path, nb: Path, folder: Path, for_quarto: bool) -> None:
 
     def change(text: str) -> str:
         text = _restage(text, names, given["doc_host"] + given["doc_baseurl"])
-        text = _with_fields(text, fields)
+        text = _without_links(_with_fields(text, fields))
         return text if for_quarto else mathml(text)
 
     try: _edit_markdown(folder/nb.name, change)

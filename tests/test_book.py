@@ -21,6 +21,7 @@ from superpos.book import (
     _furnish,
     _options,
     _unfolded,
+    _without_links,
     execute,
     main,
     mathml,
@@ -690,3 +691,10 @@ def test_readme_has_text_and_pictures(project):
     assert text.startswith("# Tiny\n") and "[two](nbs/10_two.ipynb#twice)" in text
     assert '<a id="fig-here"></a>\n\n![One dot.](nbs/images/fig-here.png)\n\n*A dot: one.*' in text
     assert files[project/"nbs"/"images"/"fig-here.png"].startswith(b"\x89PNG")
+
+
+def test_code_shows_no_links():
+    block = "```python\ndef f(\n    x,  # as [`g`](a.ipynb#g) gives it, [see](b.html)\n)\n```"
+    text = f"[`g`](a.ipynb#g)\n\n{block}\n\n[`g`](a.ipynb#g)"
+    plain = block.replace("[`g`](a.ipynb#g)", "`g`")
+    assert _without_links(text) == f"[`g`](a.ipynb#g)\n\n{plain}\n\n[`g`](a.ipynb#g)"

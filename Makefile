@@ -18,7 +18,7 @@ site: $(ready)
 
 test: $(ready)
 	@$(run) ruff check
-	@$(run) pytest -n 2 --dist loadfile
+	@$(run) pytest
 
 write: $(ready)
 	@$(run) superpos.book execute

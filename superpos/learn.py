@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .acquire import Pool, check_rows, mc_dropout, query, strategies
-from .core import atomic_write, encode, progress
+from .core import atomic_write, encode, progress, save_tensors
 from .data import Images, on_device
 from .model import ResNet8, fingerprint, imagenet_deviation, imagenet_mean, load_model
 
@@ -300,16 +300,13 @@ class _State:
     step: int = 0  # done in this loop
 
     def save(self, path: Path, about: dict) -> None:
-        from safetensors.torch import save_file
         tensors = ({f"model.{k}": v for k, v in self.model.state_dict().items()}
                    | {f"asked.{k}": v for k, v in enumerate(self.asked)})
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{k}": v for k, v in state.items() if v is not None}
         info = dict(about=about, loop=self.loop, step=self.step, curves=self.curves,
                     asked=len(self.asked))
-        with atomic_write(path) as p:
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, p,
-                      dict(run=json.dumps(info)))
+        save_tensors(path, tensors, dict(run=json.dumps(info)))
 
     def load(self, path: Path, about: dict) -> "_State":
         info, tensors = _read(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 # %% ../nbs/10_toy.ipynb #72b632fb
 import torch
 
-from .core import atomic_write, progress
+from .core import progress, save_tensors
 
 # %% ../nbs/10_toy.ipynb #6874eb4a
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -278,10 +278,8 @@ class Toy:
         path: str | Path,  # of a safetensors file
     ) -> None:
         "Write the weights and the kind to one file."
-        from safetensors.torch import save_file
-        tensors = {name: t.detach().cpu().contiguous() for name in "WbV"
-                   if (t := getattr(self, name)) is not None}
-        with atomic_write(path) as temporary: save_file(tensors, temporary, dict(kind=self.kind))
+        tensors = {name: t for name in "WbV" if (t := getattr(self, name)) is not None}
+        save_tensors(path, tensors, dict(kind=self.kind))
 
     @classmethod
     def load(cls,

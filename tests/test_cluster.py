@@ -15,10 +15,12 @@ from superpos.cluster import (
     _two_means,
     attributions,
     benjamini_hochberg,
+    directions,
     enriched_classes,
     exemplars,
     find_groups,
     hdbscan_groups,
+    separation,
 )
 from superpos.cluster import test_groups as groups_test
 from superpos.model import ResNet8, SmallAlexNet, imagenet_input, layer_outputs
@@ -57,11 +59,69 @@ def test_principal_components_are_those_of_scikit_learn():
     np.testing.assert_allclose(abs(_principal(X, 7)), abs(PCA(7).fit_transform(X)), atol=1e-8)
 
 
-def test_the_null_has_the_covariance_of_the_data():
+@pytest.mark.parametrize("seed", range(6))
+def test_the_separation_is_ashmans_d_of_kmeans(seed):
+    X, _ = apart(seed, (60, 30), 5.)
+    Z = PCA(10).fit_transform(X)
+    side = KMeans(2, n_init=20, random_state=0).fit_predict(Z) == 1
+    z = Z @ (Z[side].mean(0) - Z[~side].mean(0))
+    by_hand = abs(z[side].mean() - z[~side].mean())*(2/(z[side].var() + z[~side].var()))**.5
+    found, cut = separation(X)
+    assert adjusted_rand_score(cut, side) == 1 and found == pytest.approx(by_hand)
+    stacked, cuts = separation(np.stack([X, 3*X + 1]))
+    assert stacked == pytest.approx([found, found]) and (cuts[0] == cut).all()
+    assert separation(X, least=.4)[0] == 0
+
+
+def test_small_parts_and_points_that_coincide_have_a_distance():
+    few = np.r_[np.zeros((98, 4)), np.ones((2, 4))] + np.random.default_rng(0).normal(
+        0, .01, (100, 4))
+    assert separation(few)[0] == 0 < separation(few, least=.01)[0]
+    assert 1e6 < separation(np.repeat([[0., 1.], [1., 0.]], 10, axis=0))[0] < np.inf
+
+
+def turned(seed, angle, n=90, d=40):
+    "Two groups, a third of them turned away, whose lengths say nothing but differ a lot."
+    rng, member = np.random.default_rng(seed), np.arange(n) < n//3
+    ways = np.linalg.qr(rng.normal(size=(d, 2)))[0].T
+    along = np.where(member[:, None], np.cos(angle)*ways[0] + np.sin(angle)*ways[1], ways[0])
+    return (3*along + rng.normal(size=(n, d))*.3)*rng.lognormal(1, 1, size=(n, 1)), member
+
+
+def test_directions_have_length_one_and_nothing_else_is_lost():
+    X, _ = turned(0, 1.)
+    np.testing.assert_allclose(np.linalg.norm(directions(X), axis=1), 1)
+    np.testing.assert_allclose(directions(X*7.), directions(X))
+    assert (directions(np.zeros((3, 4))) == 0).all()
+
+
+def test_by_separation_lengths_do_not_hide_groups():
+    X, member = turned(1, 1.)
+    by_way, by_value = (groups_test(X, 99, by=by) for by in ("separation", "dip"))
+    assert by_way.p == .01 and adjusted_rand_score(member, by_way.labels) > .95
+    assert by_value.p > .05 and by_way.stability > .95
+    assert by_way.statistic == pytest.approx(sum(separation(directions(v))[0]
+                                                 for v in (X, X.clip(0))))
+    found = find_groups(X, nulls=99, by="separation")
+    assert found.count == 2 and adjusted_rand_score(member, found.labels) > .95
+    assert found.share == pytest.approx(by_way.share)
+    with pytest.raises(ValueError, match="by is 'dip' or 'separation', got 'cosine'"):
+        groups_test(X, by="cosine")
+
+
+def test_by_separation_single_clouds_are_called_double_as_often_as_they_should():
+    ps = [groups_test(cloud(s, d=30) + 2*(np.arange(30) == 0), 39, boots=0, seed=s,
+                      by="separation").p for s in range(60)]
+    for level in (.05, .2, .5):
+        assert stats.binomtest(sum(p <= level for p in ps), 60, level, "greater").pvalue > .01
+    assert stats.binomtest(sum(p <= .5 for p in ps), 60, .5, "less").pvalue > .01
+
+
+def test_the_null_has_the_mean_and_the_covariance_of_the_data():
     X = cloud(1, n=60, d=6)
-    null = _one_cloud(X, 4000, np.random.default_rng(0))
-    variances = np.sort(np.linalg.eigvalsh(np.cov(X.T)))[::-1]
-    np.testing.assert_allclose(null.var(axis=(0, 1)), variances, rtol=.05)
+    null = _one_cloud(X + np.arange(6), 4000, np.random.default_rng(0)).reshape(-1, 6)
+    np.testing.assert_allclose(np.cov(null.T), np.cov(X.T), atol=.02)
+    np.testing.assert_allclose(null.mean(0), X.mean(0) + np.arange(6), atol=.02)
 
 
 def test_p_values_under_the_null_are_uniform_or_larger():
@@ -81,9 +141,9 @@ def test_a_simulation_that_stops_early_is_as_honest():
         assert stats.binomtest(small, len(found), level, "greater").pvalue > .01
     assert np.mean([len(t.null) for t in found]) < 100
     for t in found[:20]:
-        reached = int((t.null >= t.dip).sum())
+        reached = int((t.null >= t.statistic).sum())
         assert t.p == (4/len(t.null) if reached == 4 else (1 + reached)/400)
-        assert reached < 4 or t.null[-1] >= t.dip
+        assert reached < 4 or t.null[-1] >= t.statistic
     sure = groups_test(apart(0, (50, 30), 8.)[0], **ask)
     assert sure.p == 1/400 and len(sure.null) == 399
 
@@ -91,7 +151,7 @@ def test_a_simulation_that_stops_early_is_as_honest():
 def test_same_seed_same_answer():
     X, _ = apart(0, (50, 30), 4.)
     one, two = (groups_test(X, nulls=39, seed=3) for _ in "12")
-    assert (one.p, one.dip, one.stability) == (two.p, two.dip, two.stability)
+    assert (one.p, one.statistic, one.stability) == (two.p, two.statistic, two.stability)
     assert (one.null == two.null).all()
 
 
@@ -100,7 +160,7 @@ def test_order_and_rotation_do_not_matter():
     order = np.random.default_rng(0).permutation(80)
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(40, 40)))[0]
     plain, moved = groups_test(X, nulls=39), groups_test((X @ turn + 3)[order], nulls=39)
-    assert abs(plain.dip - moved.dip) < 1e-9
+    assert abs(plain.statistic - moved.statistic) < 1e-9
     assert adjusted_rand_score(plain.labels[order], moved.labels) == 1
     assert adjusted_rand_score(member, plain.labels) == 1
     assert (plain.labels == 0).sum() == 50 and plain.stability > .95

@@ -261,12 +261,18 @@ class Toy:
         h = x @ self.W.mT
         return h.relu() if _kinds[self.kind][0] else h
 
+    def decode(self,
+        h: torch.Tensor,  # (instances, seeds, examples, m), or what broadcasts
+    ) -> torch.Tensor:  # (instances, seeds, examples, n)
+        "The output of a hidden layer."
+        y = h @ self.readout.mT + self.b[..., None, :]
+        return y.relu() if _kinds[self.kind][1] else y
+
     def __call__(self,
         x: torch.Tensor,  # (instances, seeds, examples, n), or what broadcasts
     ) -> torch.Tensor:  # the same shape
         "The output."
-        y = self.encode(x) @ self.readout.mT + self.b[..., None, :]
-        return y.relu() if _kinds[self.kind][1] else y
+        return self.decode(self.encode(x))
 
     def target(self,
         x: torch.Tensor,  # of any shape
@@ -379,21 +385,23 @@ def _schedule(kind: str, steps: int, lr: float) -> torch.Tensor:
 class _Numba:
     "The fused step, for fresh examples on the CPU."
     def __init__(self, toy: Toy, features: Features, seeds: torch.Tensor, recipe: _Recipe):
+        from threadpoolctl import ThreadpoolController
+
         from superpos import fused
-        self.step, self.toy, self.recipe = fused.train_steps, toy, recipe
-        self.seeds, self.done = seeds.reshape(-1), 0
-        J, S, n, m = seeds.numel(), seeds.shape[1], toy.n, toy.m
-        self.W, self.V = (t.reshape(J, n, m).contiguous().clone().numpy()
-                          for t in (toy.W.mT, toy.readout))
-        self.b = toy.b.reshape(J, n).clone().numpy()
-        self.moments = torch.zeros(J, 2, 2*n*m + n).numpy()
+        self.fused, self.toy, self.recipe = fused, toy, recipe
+        self.seeds, self.done, models = seeds.reshape(-1), 0, seeds.numel()
+        parts = [p.reshape(models, -1) for p in (toy.W.mT, toy.V, toy.b) if p is not None]
+        self.sizes, vectors = [p.shape[1] for p in parts], torch.cat(parts, 1)[:, None]
+        self.state = torch.cat([vectors, torch.zeros_like(vectors).expand(-1, 2, -1)], 1).numpy()
         plan = _Plan.of(features)
-        each = lambda t: t.reshape(-1, n).repeat_interleave(S, 0).contiguous().numpy()
+        each = lambda t: (t.reshape(-1, toy.n).repeat_interleave(seeds.shape[1], 0)
+                          .contiguous().numpy())
         self.given = [each(t) for t in (plan.density, plan.offset, features.importance)]
-        self.common = [plan.gate.numpy(), plan.shared.numpy()]
-        self.flags = [plan.signed, plan.exactly, toy.V is None, *_kinds[toy.kind],
-                      toy.kind == "absolute", recipe.bias]
-        self.threads = max(1, min(torch.get_num_threads(), J))
+        self.common = [plan.gate.numpy(), plan.shared.numpy(), plan.signed, plan.exactly]
+        self.kind = fused.Kind(toy.V is None, *_kinds[toy.kind], toy.kind == "absolute",
+                               recipe.bias)
+        self.threads = max(1, min(torch.get_num_threads(), models))
+        self.blas = ThreadpoolController()
 
     def run(self, steps: int) -> torch.Tensor:  # (instances·seeds,), mean loss
         "Take so many steps."
@@ -402,25 +410,26 @@ class _Numba:
         rates = self.recipe.rates[self.done:self.done + steps].numpy()
         losses = torch.empty(len(keys), steps).numpy()
         def share(part):
-            own = [a[part] for a in (self.W, self.V, self.b, self.moments, *self.given)]
-            self.step(*own, *self.common, keys[part], rates, self.done, self.recipe.batch,
-                      float(self.recipe.decay), *self.flags, losses[part])
+            world = self.fused.World(*(a[part] for a in self.given), *self.common)
+            course = self.fused.Course(keys[part], rates, self.done, self.recipe.batch,
+                                       float(self.recipe.decay))
+            self.fused.train_steps(self.state[part], world, self.kind, course, losses[part])
         cuts = [len(keys)*t//self.threads for t in range(self.threads + 1)]
-        if self.threads == 1: share(slice(None))
-        else:
-            with ThreadPoolExecutor(self.threads) as pool:
-                list(pool.map(share, map(slice, cuts, cuts[1:])))
+        with self.blas.limit(limits=1, user_api="blas"):  # our threads share the models
+            if self.threads == 1: share(slice(None))
+            else:
+                with ThreadPoolExecutor(self.threads) as pool:
+                    list(pool.map(share, map(slice, cuts, cuts[1:])))
         self.done += steps
         return torch.from_numpy(losses).mean(1)
 
     def model(self) -> Toy:
         "The models as they are now."
+        W, *V, b = torch.from_numpy(self.state[:, 0].copy()).split(self.sizes, 1)
         shape = self.toy.W.shape
-        W, V, b = (torch.from_numpy(a.copy()) for a in (self.W, self.V, self.b))
         return Toy(W.reshape(*shape[:2], *shape[:1:-1]).mT.contiguous(),
                    b.reshape(self.toy.b.shape),
-                   V=None if self.toy.V is None else V.reshape(self.toy.V.shape),
-                   kind=self.toy.kind)
+                   V=V[0].reshape(self.toy.V.shape) if V else None, kind=self.toy.kind)
 
 # %% ../nbs/10_toy.ipynb #f8bd020e
 class _Torch:
@@ -429,12 +438,13 @@ class _Torch:
                  examples=None, perturb=None):
         self.recipe, self.device, self.examples = recipe, torch.device(device), examples
         self.perturb, self.graph, self.done = perturb, None, 0
-        self.W, self.b, self.V = (t.to(device, copy=True) if t is not None else None
-                                  for t in (toy.W, toy.b, toy.V))
-        self.kind, self.plan = toy.kind, _Plan.of(features, device)
+        self.toy = Toy(*(None if t is None else t.to(device, copy=True)
+                         for t in (toy.W, toy.b, toy.V)), kind=toy.kind)
+        self.plan = _Plan.of(features, device)
         self.importance, self.seeds, self.rates = (
             t.to(device) for t in (features.importance, seeds, recipe.rates))
-        learned = [p for p in (self.W, self.V, self.b if recipe.bias else None) if p is not None]
+        learned = [p for p in (self.toy.W, self.toy.V, self.toy.b if recipe.bias else None)
+                   if p is not None]
         self.optimiser = torch.optim.AdamW(learned, lr=torch.tensor(0., device=device),
                                            weight_decay=recipe.decay,
                                            capturable=self.device.type == "cuda")
@@ -444,35 +454,31 @@ class _Torch:
     def model(self) -> Toy:
         "The models as they are now."
         return Toy(*(None if p is None else p.detach().cpu().clone()
-                     for p in (self.W, self.b, self.V)), kind=self.kind)
+                     for p in (self.toy.W, self.toy.b, self.toy.V)), kind=self.toy.kind)
 
     def _gradients(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         "Set the gradients; return the loss of each model."
-        relu_hidden, relu_output = _kinds[self.kind]
-        V = self.W.mT if self.V is None else self.V
-        h = x @ self.W.mT
-        if relu_hidden: h = h.relu()
-        y = h @ V.mT + self.b[..., None, :]
-        error = (y.relu() if relu_output else y) - target
+        toy, (relu_hidden, relu_output) = self.toy, _kinds[self.toy.kind]
+        y = toy.decode(h := toy.encode(x))
+        error = y - target
         dy = error*(self.importance[:, None, None]*(2/x.shape[-2]))
         if relu_output: dy = dy*(y > 0)
-        dh = dy @ V
+        dh = dy @ toy.readout
         if relu_hidden: dh = dh*(h > 0)
-        self.W.grad, self.b.grad = dh.mT @ x, dy.sum(-2)
-        if self.V is None: self.W.grad += h.mT @ dy
-        else: self.V.grad = dy.mT @ h
+        toy.W.grad, toy.b.grad = dh.mT @ x, dy.sum(-2)
+        if toy.V is None: toy.W.grad += h.mT @ dy
+        else: toy.V.grad = dy.mT @ h
         return _weighted(error, self.importance)
 
     def _step(self) -> None:
         x = (self.examples if self.examples is not None
              else _draw(_keys(self.seeds, self.at), self.plan, self.recipe.batch))
-        toy = Toy(self.W, self.b, self.V, self.kind)
-        given = x if self.perturb is None else self.perturb(toy, x)
+        given = x if self.perturb is None else self.perturb(self.toy, x)
         if getattr(given, "shape", None) != x.shape:
             got = tuple(getattr(given, "shape", ())) or repr(given)
             raise ValueError(f"perturb must return inputs of the shape it was given, "
                              f"{tuple(x.shape)}, got {got}")
-        self.total += self._gradients(given, toy.target(x))
+        self.total += self._gradients(given, self.toy.target(x))
         self.optimiser.param_groups[0]["lr"].copy_(self.rates[self.at])
         self.optimiser.step()
         self.at += 1

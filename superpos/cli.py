@@ -577,22 +577,22 @@ Network = Literal["resnet18", "resnet18_3x3", "resnet8", "resnet8_half"]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    "The fields of a `Plan`, named here too so that their help need not wait for torch."
+    "The fields of a `Plan`, here too for quick help; what is None is made to fit the images."
     strategy: Strategy = "least_confidence"  # how images are chosen
     protocol: Protocol = "cumulative_cold"  # what each loop learns from, and what it starts with
     seed: AtLeast0 = 0  # of all that is random
-    first: AtLeast1 = 5000  # random images, labelled before anything is asked
-    ask: AtLeast1 = 5000  # images asked for after each loop but the last
+    first: AtLeast1 | None = None  # random images, labelled first; if not said: half by the end
+    ask: AtLeast1 | None = None  # images asked for after each loop but the last; as many as first
     loops: AtLeast1 = 10  # rounds of training
-    steps: AtLeast1 = 800  # gradient steps in each loop
+    steps: AtLeast1 | None = None  # gradient steps in each loop; 60, or 800 for large sets
     batch: AtLeast1 = 128  # images in a step
-    network: Network = "resnet18"  # what is trained
+    network: Network | None = None  # what is trained; if not said: one that fits the images
     weights: str | None = None  # to start from: a file, or torchvision's name of pretrained ones
     optimizer: Literal["sgd", "adamw"] = "sgd"  # of the training
     lr: float = .05  # largest learning rate
     decay: float = 5e-4  # of the weights
-    pad: AtLeast0 = 4  # pixels by which random crops move
-    flip: bool = True  # mirror half of the images
+    pad: AtLeast0 | None = None  # pixels by which random crops move; 4, or 0 below 32 pixels
+    flip: bool | None = None  # mirror half of the images; if not said: from 32 pixels on
     dropout: float = 0.  # of the features, in training
     committee: Literal["dropout", "checkpoints", "seeds"] = "dropout"  # of some strategies
     members: AtLeast1 = 8  # of the committee
@@ -610,26 +610,40 @@ def do_label(
     """Train with few labels, and choose which to ask for.
 
     Writes a folder: report.html, loops.csv, record.json, figures/.
+    What is not said about the training is made to fit the images.
 
-    Handwritten digits, 3 loops of 100 labels:
+    Handwritten digits, half of them by the end, the least certain first:
 
-        superpos label --images digits --first 100 --ask 100 --loops 3 --steps 60 \\
-            --network resnet8_half --pad 0 --no-flip
+        superpos label --images digits
 
-    The same at random, to compare:
+    The same at random, to compare; and CIFAR-10 from SUPERPOS_DATA:
 
-        superpos label --images digits --first 100 --ask 100 --loops 3 --steps 60 \\
-            --network resnet8_half --pad 0 --no-flip --strategy random \\
-            --out by-chance
+        superpos label --images digits --strategy random --out by-chance
+        superpos label --images cifar10 --test cifar10:test
 
-    CIFAR-10 from SUPERPOS_DATA:
+    Thirteen strategies, and two of them by other names:
 
-        superpos label --images cifar10 --test cifar10:test --network resnet18_3x3
+        least_confidence   images whose most likely class is the least likely
+        margin             those whose two most likely classes are closest
+        ratio              the same, by their quotient
+        entropy            those whose answer is the most spread out
+        stream             doubtful ones, deciding on one after the other
+        vote_entropy       those on which a committee's votes differ most
+        bald               those whose label would tell most about the committee
+        mean_kl            bald by another name: the same images
+        consensus_entropy  entropy by another name, of a committee's mean answer
+        core_set           images far from all that are labelled
+        badge              images that would change the last layer, in many ways
+        typiclust          the most typical image of each cluster
+        random             any: the control
+        balanced           any, equally many of each class (it sees the labels)
+        most_confident     the reverse of least_confidence
     """
-    from superpos.learn import Plan, experiment
+    from superpos.learn import experiment, fitting
     from superpos.report import report_labels
-    plan, state = Plan(**dataclasses.asdict(plan)), Path(out)/"state"
+    said = {k: v for k, v in dataclasses.asdict(plan).items() if v is not None}
     pool, held_out = _pool(images, test, size, plan.seed)
+    plan, state = fitting(pool, **said), Path(out)/"state"
     state.mkdir(parents=True, exist_ok=True)
     found = experiment(plan, pool, held_out, folder=state, every=10)
     given = dict(images=images, test=test, size=size, **dataclasses.asdict(plan))

@@ -147,9 +147,15 @@ def test_help_names_what_there_is_to_choose_from(said):
         assert f"[choices: {', '.join(typing.get_args(choices))}]" in told
 
 
+def test_help_says_what_each_strategy_asks_for(said):
+    told = said("label --help")[1].partition("─ Parameters ─")[0]
+    assert set(re.findall(r"^ {4}(\w+) {2,}\w", told, re.M)) == set(acquire.strategies)
+
+
 def test_every_field_of_a_plan_is_an_option():
     asked = dataclasses.asdict(cli.Training())
-    assert Plan(**asked) == Plan() and set(asked) == set(Plan.__dataclass_fields__)
+    said_at_once = {k: v for k, v in asked.items() if v is not None}
+    assert Plan(**said_at_once) == Plan() and set(asked) == set(Plan.__dataclass_fields__)
     given = understood("label --images digits --no-flip --dims 3 --seed 5")[2]["plan"]
     assert (given.flip, given.dims, given.seed, given.loops) == (False, 3, 5, 10)
 
@@ -245,7 +251,7 @@ wrong = [
     ("circuit --unit 4:0 --model tiny:build --own photos/red --other photos/blue", "--background",
      "folder of images"),
     (f"sparsify --unit 4:0 --model tiny:build {folders} --keeps some", "--keeps some", "0.01"),
-    ("label --images digits", "50,000", "lower first, ask or loops"),
+    ("label --images digits --first 5000", "50,000", "lower first, ask or loops"),
     ("toy --density 2", "density", "(0, 1]"),
     ("studies list", "no saved results", "SUPERPOS_RESULTS"),
     ("studies show nothing", "'nothing'", "studies list"),
@@ -465,8 +471,7 @@ def test_sparsify_writes_a_folder(said, place):
 
 
 def test_label_writes_a_folder_and_goes_on(said, place):
-    line = ("label --images digits --first 30 --ask 30 --steps 6 --batch 16 --network resnet8_half "
-            "--pad 0 --no-flip --loops 2 --json")
+    line = "label --images digits --first 30 --steps 6 --batch 16 --loops 2 --json"
     code, out, _ = said(line)
     assert code == 0 and [row["labelled"] for row in json.loads(out)["table"]] == [30, 60]
     check_report(place/"labels"/"report.html")

@@ -26,6 +26,8 @@ from superpos.learn import (
     RunRecord,
     evaluate,
     experiment,
+    fitting,
+    frozen_features,
     linear_head,
     load_loop,
     logits_and_features,
@@ -467,3 +469,54 @@ def test_few_classes_are_allowed_and_said():
                           images.classes)
     with pytest.warns(UserWarning, match="labels of 2 of the 10 classes"):
         experiment(small, nothing_else, test, device="cpu")
+
+
+# ---- frozen trunks, and plans for a set
+
+def test_features_of_a_trunk_are_kept_by_content(monkeypatch, tmp_path):
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path))
+    trunk, seen = network("resnet8_half", 3).eval(), []
+    trunk.register_forward_hook(lambda *_: seen.append(1))
+    first = frozen_features(trunk, images, 16, batch=64)
+    assert first.shape == (200, 3) and first.dtype == torch.half and len(seen) == 4
+    whole = trunk(ResidentImages(images.fit(16, 16), "cpu").batch(torch.arange(200))).half()
+    assert torch.allclose(first.float(), whole.float(), atol=5e-3)
+    seen.clear()
+    assert frozen_features(trunk, images, 16).equal(first) and not seen
+    with torch.no_grad(): learn.linear_head(trunk).bias[0] += 1
+    for changed in ((images, 16), (images.select(slice(0, 100)), 16), (images, 12)):
+        before = len(seen)
+        assert not frozen_features(trunk, *changed)[:100].equal(first[:100]) or changed[1] == 16
+        assert len(seen) > before
+
+
+def test_features_of_a_trunk_do_not_depend_on_where_images_are_kept(monkeypatch, tmp_path):
+    from PIL import Image
+    monkeypatch.setenv("SUPERPOS_CACHE", str(tmp_path))
+    trunk, files = network("resnet8_half", 3).eval(), []
+    for k in range(4):
+        files.append(tmp_path/f"{k}.png")
+        Image.fromarray(images[k].permute(1, 2, 0).numpy()).save(files[-1])
+    kept = Images("files", tuple(files), images.labels[:4], images.classes)
+    first = frozen_features(trunk, kept, 16)
+    assert first.equal(frozen_features(trunk, images.select(slice(0, 4)), 16))
+    Image.fromarray(images[9].permute(1, 2, 0).numpy()).save(files[0])
+    assert not frozen_features(trunk, kept, 16)[0].equal(first[0])
+
+
+@pytest.mark.parametrize("count,side,wanted", [
+    (1437, 8, dict(first=71, ask=71, network="resnet8_half", pad=0, flip=False, steps=60)),
+    (50_000, 32, dict(first=2500, network="resnet18_3x3", pad=4, flip=True, steps=800)),
+    (300, 224, dict(first=15, network="resnet18", flip=True, steps=60))])
+def test_a_plan_fits_the_set(count, side, wanted):
+    pixels = np.broadcast_to(np.zeros((1, 3, side, side), np.uint8), (count, 3, side, side))
+    plan = fitting(Images("made up", pixels, np.arange(count) % 2, ("a", "b")))
+    assert wanted.items() <= dataclasses.asdict(plan).items() and plan.total <= count/2
+
+
+def test_what_is_given_stays_as_it_is():
+    assert fitting(everything, first=30, loops=3, flip=True).total == 90
+    assert fitting(everything, ask=10, network="resnet8").ask == 10
+    assert fitting(everything, strategy="bald").dropout > 0
+    assert not fitting(everything, strategy="bald", committee="seeds").dropout
+    assert fitting(everything, strategy="bald", dropout=.5).dropout == .5

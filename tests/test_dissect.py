@@ -16,7 +16,13 @@ from torchvision.transforms.functional import to_pil_image
 
 from superpos import dissect as chapter
 from superpos.activation import survey
-from superpos.cluster import attributions, benjamini_hochberg, find_groups
+from superpos.cluster import (
+    attributions,
+    benjamini_hochberg,
+    directions,
+    find_groups,
+    separation,
+)
 from superpos.data import folder
 from superpos.dissect import Dissection, dissect
 from superpos.model import SmallAlexNet
@@ -51,7 +57,7 @@ def mixture(n=120, units=8, seed=0):
     return values.astype(np.float32), member
 
 
-settings = dict(k=40, nulls=39, prepare=as_floats)
+settings = dict(k=40, nulls=39, at="centre", by="values", prepare=as_floats)
 
 
 @pytest.fixture(scope="module")
@@ -193,32 +199,68 @@ def test_where_attributions_make_no_sense_they_are_refused():
     with pytest.raises(ValueError, match="the mean of its map"):
         dissect(net, "features.3", images, by="attributions", at="mean")
     with pytest.raises(ValueError, match="Rectified is not linear in its input"):
-        dissect(small(Rectified), "2", some_images(), by="attributions", prepare=as_floats, k=16,
-                nulls=19)
+        dissect(small(Rectified), "2", some_images(), by="attributions", at="centre", k=16,
+                nulls=19, prepare=as_floats)
 
 
 # ---- where, and by what
 
-def test_at_its_strongest_place_each_unit_has_its_own_vectors():
+@pytest.mark.parametrize("at,edge", [("strongest", 1), ("maximum", 0)])
+def test_at_its_strongest_place_each_unit_has_its_own_vectors(at, edge):
     net, images = small(padding=1), some_images()
     values = net(images.float())
     # with the padding of the last layer, the outermost fields overhang
-    inside = values[:, :, 1:-1, 1:-1].flatten(2)
+    height, width = values.shape[2] - 2*edge, values.shape[3] - 2*edge
+    inside = values[:, :, edge:edge + height, edge:edge + width].flatten(2)
     largest = inside.max(2)
     for memory in (2**28, 4*16*4*2 + 1):
-        table = dissect(net, "2", images, at="strongest", by="direction", k=16, nulls=19,
+        table = dissect(net, "2", images, at=at, by="direction", k=16, nulls=19,
                         prepare=as_floats, memory=memory).table
         for unit, row in table.iterrows():
             top = largest.values[:, unit].sort(descending=True).indices[:16]
             assert row["images"] == top.tolist()
             np.testing.assert_allclose(row["values"], largest.values[top, unit], rtol=1e-5)
             place = largest.indices[top, unit]
-            width = values.shape[3] - 2
-            assert row["places"] == [[p//width + 1, p % width + 1] for p in place.tolist()]
+            assert row["places"] == [[p//width + edge, p % width + edge] for p in place.tolist()]
             vectors = inside[top, :, place].numpy()
             vectors = vectors/np.linalg.norm(vectors, axis=1, keepdims=True)
             alone = chapter.unit_groups(vectors, unit, nulls=19)
             assert (row["p"], row["labels"]) == (alone.p, alone.labels.tolist())
+            np.testing.assert_allclose(row["apart"], separation(vectors)[0], rtol=1e-4)
+
+
+def test_by_default_units_are_compared_by_direction_where_each_is_strongest():
+    found = dissect(small(), "2", some_images(), k=16, nulls=19, prepare=as_floats)
+    assert (found.about["at"], found.about["by"]) == ("maximum", "direction")
+
+
+# ---- what a unit that is called single could still hide
+
+def clouds(distance, units=12, seed=0):
+    "Strong images of unit 0 and of eight others, each so far out along an axis of its own."
+    rng = np.random.default_rng(seed)
+    far = [rng.normal(size=(60, units)) + distance*np.eye(units)[u] for u in range(9)]
+    return far[0], {u: far[u] for u in range(1, 9)}
+
+
+@pytest.mark.parametrize("by", ["values", "direction"])
+def test_other_meanings_far_off_are_seen_when_few_and_near_ones_never(by):
+    def bound(distance):
+        # the parts' own values are left out, so the meaning shows in others' as well
+        own, others = clouds(distance)
+        own, others = (np.hstack([own, own[:, ::-1]]),
+                       {u: np.hstack([x, x[:, ::-1]]) for u, x in others.items()})
+        return chapter.smallest_meaning(0, own, others, by)
+    assert bound(12) <= .3 and np.isnan(bound(.2))
+    assert np.isnan(chapter.smallest_meaning(0, clouds(12)[0], {0: clouds(12)[0]}, by))
+
+
+def test_bounds_are_in_the_table_and_do_not_depend_on_who_is_asked_for(whole):
+    bounds = whole.table.bound
+    assert np.isnan(bounds[3]) and set(bounds.dropna()) <= set(chapter.shares)
+    net = Table(mixture()[0]).eval()
+    some = dissect(net, "unit", numbered(120), units=[5, 1], **settings).table.bound
+    np.testing.assert_array_equal(some, bounds[[5, 1]])
 
 
 def test_after_the_relu_the_strongest_place_stays():
@@ -237,11 +279,8 @@ def test_after_the_relu_the_strongest_place_stays():
 def test_length_does_not_count_by_direction(whole):
     values, member = mixture()
     stretched = values*np.random.default_rng(1).lognormal(0, 2, (120, 1)).astype(np.float32)
-    numbers = chapter._directions(stretched)
-    np.testing.assert_allclose(numbers, chapter._directions(values), rtol=1e-5)
-    assert not np.isnan(chapter._directions(np.zeros((2, 3), np.float32))).any()
     ask = dict(nulls=39, seed=0)
-    assert find_groups(numbers[member < 2], **ask).count == 2
+    assert find_groups(directions(stretched)[member < 2], **ask).count == 2
     assert find_groups(stretched[member < 2], **ask).count == 1
     with pytest.raises(ValueError, match="by is"):
         dissect(Table(values).eval(), "unit", numbered(120), **settings | dict(by="cosine"))

@@ -14,6 +14,7 @@ import configparser
 import difflib
 import hashlib
 import html
+import io
 import itertools
 import json
 import os
@@ -470,6 +471,38 @@ def _closed(source: str) -> str:
     "A cell whose code is folded, unless the cell says otherwise."
     return source if re.search(r"(?m)^#\| *code-fold:", source) else f"#| code-fold: true\n{source}"
 
+def _label(cell: dict) -> str:
+    return _options("".join(cell["source"])).get("label", "") if cell["cell_type"] == "code" else ""
+
+def _key_figure(cells: list[dict]) -> int | None:
+    "The cell of the figure that a page opens with: the first its opening names, or its first."
+    def is_heading(cell): return re.match("## ", "".join(cell["source"])) is not None
+
+    opening = list(itertools.takewhile(lambda cell: not is_heading(cell), cells))
+    drawn = {label: n for n, cell in enumerate(cells)
+             if (label := _label(cell)).startswith("fig-") and _has_picture(cell)}
+    shows = any("text/html" in o.get("data", ()) for c in opening for o in c.get("outputs", ()))
+    if shows or not drawn: return None
+    said = "".join("".join(c["source"]) for c in opening if c["cell_type"] == "markdown")
+    named = [label for label in re.findall(r"\(#(fig-[\w-]+)\)", said) if label in drawn]
+    return drawn[[*named, *drawn][0]]
+
+_of_figure = re.compile(r"(?m)^#\| *(?:label: *fig-|fig-cap:|fig-alt:).*\n?")
+
+def _led_by_figure(cells: list[dict]) -> list[dict]:
+    "The cells of a page, with its key figure below the title and a link where it is drawn."
+    if (at := _key_figure(cells)) is None: return cells
+    drawing, label = cells[at], _label(cells[at])
+    source = "".join(drawing["source"])
+    pictures = [o for o in drawing["outputs"] if _has_picture(dict(outputs=[o]))]
+    lead = "#| echo: false\n" + "".join(m[0] for m in _of_figure.finditer(source))
+    figure = drawing | dict(id="key-figure", source=lead, outputs=pictures)
+    kept = drawing | dict(source=_of_figure.sub("", source),
+                          outputs=[o for o in drawing["outputs"] if o not in pictures])
+    link = dict(cell_type="markdown", id="key-link", metadata={},
+                source=f"This draws [the figure at the top of the page](#{label}).")
+    return [cells[0], figure, *cells[1:at], kept, link, *cells[at + 1:]]
+
 def _for_page(notebook: Path) -> str:
     "A notebook as nbdev is to read it: options unfolded, no caption without a picture."
     nb, study = json.loads(notebook.read_text(encoding="utf-8")), _is_study(notebook)
@@ -477,8 +510,10 @@ def _for_page(notebook: Path) -> str:
         source = _unfolded("".join(cell["source"]))
         if study: source = _closed(source)
         if not _has_picture(cell):
-            source = re.sub(r"(?m)^#\| *(?:label: *fig-|fig-cap:|fig-alt:).*\n?", "", source)
-        cell["source"] = source.splitlines(keepends=True)
+            source = _of_figure.sub("", source)
+        cell["source"] = source
+    nb["cells"] = _led_by_figure(nb["cells"])
+    for cell in nb["cells"]: cell["source"] = "".join(cell["source"]).splitlines(keepends=True)
     return json.dumps(nb, ensure_ascii=False)
 
 def _page_name(notebook: str) -> str:
@@ -507,6 +542,17 @@ def _with_fields(markdown: str, fields: dict[str, str]) -> str:
     return re.sub(r"(?ms)^```python\ndef (\w+)\(.*?^```$",
                   lambda m: f"```python\n{fields[m[1]]}\n```" if m[1] in fields else m[0], markdown)
 
+_signatures = re.compile(r"(?ms)^```python\n(?:class|def) (\w+)(.*?)^```$")
+
+def _folded_signature(m: re.Match) -> str:
+    "A signature of more than a few lines, behind the names of its arguments."
+    if m[0].count("\n") < 6: return m[0]
+    names = re.findall(r"(?m)^    (\*{0,2}\w+)[:,=]", m[2])
+    gives = re.search(r"(?m)^\)->(.*):", m[2])
+    said = f"{m[1]}({', '.join(names)})" + (f" → {gives[1]}" if gives else "")
+    return (f'<details class="book-signature">\n<summary><code>{html.escape(said)}</code>'
+            f"</summary>\n\n{m[0]}\n\n</details>")
+
 def _without_links(markdown: str) -> str:
     "Links that nbdev makes of names in the comments of a signature would be shown as they are."
     return re.sub(r"(?ms)^```python$.*?^```$",
@@ -517,13 +563,19 @@ def _restage(markdown: str, names: set[str], online: str) -> str:
     return re.sub(r"(?<=\]\()[\w-]+\.ipynb", lambda m: _page_name(m[0]) if m[0] in names else m[0],
                   markdown)
 
-def _edit_markdown(path: Path, change) -> None:
+def _long_folded(source: str, most: int = 20) -> str:
+    "Exported source, which nbdev leaves open, is folded where it is longer than a definition."
+    if source.count("\n") <= most + 2: return source
+    return source.replace("#| code-fold: show\n", "#| code-fold: true\n", 1)
+
+def _edit_page(path: Path, change) -> None:
     "Apply `change` to a notebook's text cells and Markdown outputs; every text is a list of lines."
     nb = json.loads(path.read_text(encoding="utf-8"))
     for cell in nb["cells"]:
         cell.pop("has_sd", None)  # a mark of nbdev's, which nbformat refuses
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown": source = change(source)
+        if cell["cell_type"] == "code": source = _long_folded(source)
         if cell["cell_type"] == "raw": source = re.sub(r"(?m)^output-file: .*\n", "", source)
         cell["source"] = source.splitlines(keepends=True)
         for output in cell.get("outputs", []):
@@ -590,10 +642,10 @@ def _finish_page(root: Path, nb: Path, folder: Path, for_quarto: bool) -> None:
 
     def change(text: str) -> str:
         text = _restage(text, names, given["doc_host"] + given["doc_baseurl"])
-        text = _without_links(_with_fields(text, fields))
+        text = _signatures.sub(_folded_signature, _without_links(_with_fields(text, fields)))
         return text if for_quarto else mathml(text)
 
-    try: _edit_markdown(folder/nb.name, change)
+    try: _edit_page(folder/nb.name, change)
     except ValueError as e: raise NotebookError(f"{nb.name}: {e}") from e
     (folder/nb.name).rename(folder/_page_name(nb.name))
 
@@ -617,34 +669,57 @@ _fetched_tag = re.compile(
     r"""|<link\b(?![^>]*\srel=["']?(?:canonical|alternate))"""
     r"""[^>]*\shref=["']?(?:https?:)?//[^>]*>\n?""", re.I)
 
-# 32 characters hold the size of the picture
-_drawn = re.compile(r'<img ([^>]*src="data:image/png;base64,([^"]{32}))')
+_drawn = re.compile(r'<img ([^>]*src="data:image/png;base64,([^"]+))')
 
-def _half_width(m: re.Match) -> str:
-    wide = int.from_bytes(base64.b64decode(m[2])[16:20], "big")
-    return f'<img width="{wide//2}" {m[1]}'
+def _is_photograph(picture) -> bool:
+    "Whether a picture would be spoilt by turning light into dark: little paper, many colours."
+    import numpy as np
+    shades = np.asarray(picture.convert("RGB")) >> 3
+    return bool((shades.min(-1) == 31).mean() < .5
+                and len(np.unique(shades @ np.array([1024, 32, 1]))) > 1000)
+
+def _as_shown(m: re.Match) -> str:
+    "A picture at half its width, and marked where the page in the dark may turn it."
+    from PIL import Image
+    with Image.open(io.BytesIO(base64.b64decode(m[2]))) as picture:
+        kind = "book-photograph" if _is_photograph(picture) else "book-drawing"
+        return f'<img width="{picture.width//2}" data-kind="{kind}" {m[1]}'
+
+def _as_cards(m: re.Match) -> str:
+    "A table whose cells know their columns' names, for phones, where a row becomes a card."
+    from bs4 import BeautifulSoup
+    table = (soup := BeautifulSoup(m[0], "html.parser")).table
+    heads = table.select("thead tr:last-child > *")
+    if len(heads) < 3 or table.select("[colspan], [rowspan]"): return m[0]
+    table["class"] = [*table.get("class", ()), "book-cards"]
+    for row in table.select("tbody tr"):
+        for cell, head in zip(row.find_all(["td", "th"], recursive=False), heads):
+            cell["data-label"] = head.get_text(" ", strip=True)
+    return str(soup)
 
 def _finished(text: str) -> str:
     "The text of a rendered page or style sheet, as it is published."
     text = _fetched_tag.sub("", _fetched_font.sub("", text))
-    return _drawn.sub(_half_width, text.replace('href="./"', 'href="./index.html"'))
+    text = _drawn.sub(_as_shown, text.replace('href="./"', 'href="./index.html"'))
+    return re.sub(r"<table\b.*?</table>", _as_cards, text, flags=re.S)
 
 _code_switch = (
     '<button type="button" aria-pressed="false" onclick="'
     "const open = this.getAttribute('aria-pressed') === 'false'; "
     "this.setAttribute('aria-pressed', open); "
     "this.textContent = open ? 'Hide code' : 'Show code'; "
-    "document.querySelectorAll('details.code-fold').forEach((fold) => fold.open = open);"
+    "document.querySelectorAll('details:is(.code-fold, .book-signature)')"
+    ".forEach((fold) => fold.open = open);"
     '">Show code</button>')
 
-def _beside(root: Path, notebook: Path, site: Path) -> str:
+def _beside(root: Path, notebook: Path, site: Path, page: str) -> str:
     "The links of a page to its source, its notebook and its module's names."
     given, name = _settings(root), notebook.name
     links = [f'<a href="{given["git_url"]}/blob/{given["branch"]}/nbs/{name}">Source</a>',
              f'<a href="notebooks/{name}" download>Notebook</a>']
     if (module := _module(notebook)) and (site/"reference.html").exists():
         links.append(f'<a href="reference.html#{module}">API</a>')
-    if _is_study(notebook): links.append(_code_switch)
+    if re.search('<details class="(?:code-fold|book-signature)', page): links.append(_code_switch)
     return f'<p class="book-beside">{" ".join(links)}</p>'
 
 _search_from_disk = """
@@ -673,12 +748,12 @@ def _furnish(root: Path, site: Path, executed: bool) -> None:
     def with_links(page: str) -> str:
         above, header, below = page.partition('id="title-block-header"')
         title, end, rest = below.partition("</header>")
+        beside = _beside(root, notebook, site, below)
         above = above.replace("</head>", '<script src="search-from-disk.js"></script></head>')
         return above + header + title + end + (beside if end else "") + rest
 
     for notebook in notebooks(root):
         shutil.copy(_executed(root, notebook) if executed else notebook, site/"notebooks")
-        beside = _beside(root, notebook, site)
         page = site/_page_name(notebook.name).replace(".ipynb", ".html")
         if page.exists(): _edit(page, with_links)
     (site/"search-from-disk.js").write_text(_search_from_disk.lstrip(), encoding="utf-8")

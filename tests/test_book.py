@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import quarto
 from PIL import Image
@@ -466,7 +467,8 @@ def test_site_is_rendered_and_checked(project):
     assert "two.html#twice" in index and "two.html#fig-dot" in index
     assert 'id="fig-dot"' in two and 'id="twice"' in two
     assert "<msubsup>" in index and "katex" not in (index + two).lower()
-    assert index.count('<img width="4" alt="One dot."') == 1  # half of its eight pixels
+    half_of_its_pixels = '<img width="4" data-kind="book-drawing" alt="One dot."'
+    assert index.count(half_of_its_pixels) == 1
     assert "not_written_yet" not in index and "Later" not in index
     assert ('class="book-beside"><a href="https://example.org/tiny/blob/main/nbs/10_two.ipynb">'
             'Source</a> <a href="notebooks/10_two.ipynb" download>') in two
@@ -544,6 +546,54 @@ def test_what_is_not_drawn_has_no_caption(project):
     assert empty == ["#| slow\n", "plot()"]
     assert full[:3] == ["#| label: fig-a\n", '#| fig-cap: "Long"\n', "#| fig-alt: Alt\n"]
     assert table == ["#| label: tbl-a\n", "1"]
+
+
+def test_a_page_opens_with_its_key_figure(project):
+    drawn = [dict(output_type="stream", name="stdout", text="said"),
+             dict(output_type="display_data", metadata={}, data={"image/png": ""})]
+    figures = [f"#| label: fig-{x}\n#| fig-cap: >-\n#|   Of {x}.\n#| fig-alt: Alt\ndraw()"
+               for x in "ab"]
+
+    def staged(path): return json.loads(_for_page(path))["cells"]
+    given = ["# A", "%In short: [it](#fig-b) is so.", "%## By hand", *figures]
+    opened = page(project/"nbs"/"00_a.ipynb", *given, outputs={3: drawn, 4: drawn})
+    title, figure, _, _, first, left, link = staged(opened)
+    assert "".join(title["source"]) == "# A"
+    assert "".join(figure["source"]) == ('#| echo: false\n#| label: fig-b\n'
+                                         '#| fig-cap: "Of b."\n#| fig-alt: Alt\n')
+    assert [*figure["outputs"], *left["outputs"]] == drawn[::-1]
+    assert left["source"] == ["draw()"] and "fig-a" in "".join(first["source"])
+    assert "(#fig-b)" in "".join(link["source"])
+    unnamed = page(project/"nbs"/"01_b.ipynb", "# B", *figures, outputs={1: drawn, 2: drawn})
+    assert "#| label: fig-a\n" in staged(unnamed)[1]["source"]
+    shows = page(project/"nbs"/"02_c.ipynb", "# C", "1", *figures, outputs={1: drawn, 2: drawn})
+    assert len(staged(shows)) == 4
+    assert len(staged(page(project/"nbs"/"03_d.ipynb", "# D", *figures))) == 3
+
+
+def test_pictures_say_whether_the_dark_may_turn_them():
+    def shown(shades):
+        Image.fromarray(shades).save(kept := io.BytesIO(), "png")
+        data = base64.b64encode(kept.getvalue()).decode()
+        return _finished(f'<img src="data:image/png;base64,{data}">')
+
+    noise = np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)
+    white = np.full_like(noise, 255)
+    half = np.concatenate([noise[:38], white])
+    assert '<img width="30" data-kind="book-photograph" ' in shown(noise)
+    for drawing in (half, noise//64*64, white):
+        assert 'data-kind="book-drawing"' in shown(drawing)
+
+
+def test_rows_become_cards_where_columns_have_names():
+    head = "<thead><tr><th></th><th>AUROC</th><th>kept <b>%</b></th></tr></thead>"
+    body = "<tbody><tr><td>SNIP</td><td>.9</td><td>5</td></tr></tbody>"
+    made = _finished(f"<p>a</p><table>{head}{body}</table>")
+    assert 'class="book-cards"' in made and made.startswith("<p>a</p>")
+    assert re.findall('data-label="(.*?)"', made) == ["", "AUROC", "kept %"]
+    for plain in (f"<table>{body}</table>", f"<table>{head}{body}</table>".replace(
+            "<td>.9", '<td colspan="2">.9'), "<table><thead><tr><th>a</th></tr></thead></table>"):
+        assert _finished(plain) == plain
 
 
 def test_code_of_a_study_is_folded(project):

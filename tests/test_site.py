@@ -156,7 +156,8 @@ const look = async (page) => {
   await later(60);
   const shape = shares(body);
   const button = body.querySelector(".book-beside button");
-  const closed = () => body.querySelectorAll("details.code-fold:not([open])").length;
+  const folds = "main details:is(.code-fold, .book-signature)";
+  const closed = () => body.querySelectorAll(`${folds}:not([open])`).length;
   const pressed = button && [closed(), button.click(), closed(), button.click(), closed()];
   frame.style.width = "PHONEpx";
   await later(60);
@@ -169,7 +170,12 @@ const look = async (page) => {
     .filter((e) => e.scrollWidth > e.clientWidth + 1);
   const edges = cut.map((e) => view.getComputedStyle(e).backgroundImage.includes("gradient"));
   const pictures = [...body.images];
-  const said = {title: body.title, width, wide, shape, pressed, edges, faint: faint(frame),
+  const cards = [...body.querySelectorAll("main table.book-cards td")].map((cell) => ({
+    name: view.getComputedStyle(cell, "::before").content,
+    shape: view.getComputedStyle(cell).display,
+    out: cell.getBoundingClientRect().right > PHONE}));
+  const said = {title: body.title, width, wide, shape, pressed, edges, cards,
+    folded: body.querySelectorAll(folds).length, faint: faint(frame),
     words: body.querySelector("main").innerText.length,
     blind: pictures.filter((i) => !i.alt.trim()).length,
     broken: pictures.filter((i) => !i.naturalWidth).length,
@@ -190,6 +196,8 @@ const look = async (page) => {
   await later(200);
   said.toggled = [before, paper()];
   said.dark = faint(frame);
+  said.turned = [...body.querySelectorAll("main img[data-kind]")].map((i) =>
+    [i.dataset.kind, view.getComputedStyle(i).filter.includes("invert")]);
   (view.smalldocsToggleScheme || view.quartoToggleColorScheme)();
   frame.remove();
   return said;
@@ -278,14 +286,29 @@ def test_code_of_studies_is_folded(site, toured):
             if any(page == _page_name(f"{stem}.html") for stem in studies)}
     assert seen and max(s["shape"]["code"] for s in seen.values()) <= .2
     for page, s in toured[0].items():
-        assert bool(s["pressed"]) == (page in seen), page
-        if page in seen:
-            all_closed, _, none, _, again = s["pressed"]
-            assert all_closed == again > none == 0, page
+        assert bool(s["pressed"]) == bool(s["folded"]) >= (page in seen), page
+        if s["pressed"]:
+            closed, _, none, _, again = s["pressed"]
+            assert closed <= again > none == 0, page
 
 
-def test_the_front_page_begins_with_its_figure(toured):
-    assert toured[0]["index.html"]["shape"]["first"] < 900
+def test_every_page_begins_with_its_figure(toured):
+    firsts = {page: s["shape"]["first"] for page, s in toured[0].items() if s["shape"]["first"]}
+    assert {page: first for page, first in firsts.items() if first >= 900} == {}
+    assert "index.html" in firsts
+
+
+def test_drawings_are_turned_in_the_dark(toured):
+    turned = [tuple(kind) for s in toured[0].values() for kind in s["turned"]]
+    assert set(turned) <= {("book-drawing", True), ("book-photograph", False)}
+    assert ("book-drawing", True) in turned
+
+
+def test_rows_are_cards_on_a_phone(toured):
+    cards = [(page, card) for page, s in toured[0].items() for card in s["cards"]]
+    assert cards and not [page for page, card in cards if card["out"]]
+    assert {card["shape"] for _, card in cards} <= {"grid", "none"}
+    assert {"", "none", "normal"}.isdisjoint(card["name"] for _, card in cards)
 
 
 def test_pages_are_light(site):

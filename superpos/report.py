@@ -225,7 +225,7 @@ def report_dissection(
                   sections, made_with(**dict(given) | dict(nulls=about["nulls"])))
     return dict(images=len(pictures), skipped=len(pictures.skipped), units=len(table),
                 several_groups=len(several), report=page,
-                table=table[["name", "groups", "score", "q", "share"]])
+                table=table[["name", "groups", "score", "q", "apart", "bound"]])
 
 # %% ../nbs/59_report.ipynb #2daee25c
 def _write_dissection(out: Path, found, table, pictures) -> None:
@@ -253,39 +253,52 @@ def _answer(found, several: int, images: int) -> str:
             f"images {test}{others}.")
 
 # %% ../nbs/59_report.ipynb #f4dc877b
-def _scores(table, several, level: float) -> Picture:
-    "The score of every unit."
+def _overview(table, several, level: float) -> Picture:
+    "How sure it is, and how far apart the groups lie, for every unit."
     import numpy as np
     from matplotlib import pyplot as plt
 
     from superpos import plot
-    fig, ax = plt.subplots()
-    ranked = table.sort_values("score", ascending=False)
-    sure = ranked.index.isin(several.index)
-    for rows, colour, name in ((sure, plot.own, f"q ≤ {level:g}"),
-                               (~sure, plot.background, "not told apart from one group")):
-        ax.scatter(np.arange(len(ranked))[rows], ranked.score[rows], s=16, color=colour, label=name)
-    ax.set(xlabel="units, by score", ylabel="effective number of groups")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend()
-    return Picture("overview", fig, "The polysemanticity score of every unit: the effective number "
-                   "of groups among its strongest images.",
-                   f"A falling row of {len(ranked)} dots, of which {len(several)} are coloured as "
-                   "having more than one group.")
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3))
+    ranked = table.dropna(subset="p").sort_values(["p", "apart"], ascending=[True, False])
+    sure, place = ranked.index.isin(several.index), np.arange(1, len(ranked) + 1)
+    for ax, column, name in zip(axes, ("p", "apart"), ("p of a single group", "deviations apart")):
+        for rows, colour, label in ((sure, plot.own, f"q ≤ {level:g}"),
+                                    (~sure, plot.background, "not told apart from one group")):
+            ax.scatter(place[rows], ranked[column][rows], s=14, color=colour, label=label)
+        ax.set(xlabel="units, by p", ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_yscale("log")
+    axes[0].legend(loc="lower right")
+    return Picture("overview", fig, "Every unit, the surest first. Left: the p-value of a single "
+                   "group of strongest images. Right: how far apart the parts of the best cut in "
+                   "two lie, in their deviations.",
+                   f"Two panels with {len(ranked)} dots each, rising p-values and the distances "
+                   f"that go with them; {len(several)} dots are coloured as having several groups.")
 
 # %% ../nbs/59_report.ipynb #106334ae
 def _layer_parts(found, table, several) -> list:
     "All units: a figure, a table, and what its columns are."
-    columns = ["name", "groups", "score", "p", "q", "stability", "share", "mean", "deviation"]
-    return [_scores(table, several, found.about["level"]), f"{found.summary()}.", _in_a_table,
+    columns = ["name", "groups", "score", "p", "q", "apart", "bound", "stability", "share", "mean",
+               "deviation"]
+    return [_overview(table, several, found.about["level"]),
+            f"{found.summary()}. {_could_be_missed(table.drop(several.index))}", _in_a_table,
             table[columns].head(200),
             "All rows and columns are in units.csv; the strongest images of each unit, group by "
             "group, in dissection.json."]
 
+def _could_be_missed(others) -> str:
+    "What units that are not shown to have groups could still hide."
+    seen = int((others.bound <= .2).sum())
+    return (f"Of the {len(others):,} others, {seen:,} would have shown a second meaning of a fifth "
+            "of their strongest images, with power 0.8." if len(others) else "")
+
 _in_a_table = (
     "groups: how many a unit's strongest images fall into. score: the effective number, in which a "
     "small group counts for little. p: of a single group; q: the same, corrected for the number of "
-    "units. stability: 1 if a cut in two comes out the same in every bootstrap sample. share: of "
+    "units. apart: how far the parts of the best cut in two lie apart, in their deviations. bound: "
+    "the smallest share of the strongest images that, with another meaning, would have been seen "
+    "with power 0.8. stability: 1 if a cut in two comes out the same in every bootstrap sample. share: of "
     "the variance that lies between the groups. mean, deviation: of the unit's values over all "
     "images.")
 
@@ -327,6 +340,16 @@ class Groups:
     test: Sequence  # for each: crops that are held out
     shown: Sequence  # for each: some of the images, as bytes
 
+    @property
+    def target(self):
+        "The unit, by kernels, as circuits see it."
+        from superpos.target import Target
+        return Target(self.path, self.unit.index)
+
+    def held_out(self, own: int) -> tuple:
+        "Crops that nothing was learned from: of one of the two groups, the other, the background."
+        return self.test[own], self.test[1 - own], self.test[2]
+
     @classmethod
     def of(cls,
         path,  # `Pathway` to the unit's layer
@@ -359,16 +382,13 @@ measures = ("auroc_other", "auroc_background", "correlation", "slope", "mean_own
 
 def judge(
     groups: Groups,  # two groups and a background
-    unit: int,  # index in the layer: the groups' unit, or a control
+    target,  # `Target`: the groups' unit, or a control
     own: int,  # 0 or 1: the group that the circuit is for
     mask=None,  # of the circuit; all if nothing is said
-    layout=None,  # of the mask
 ) -> dict[str, float]:  # a `scorecard`
     "How a circuit does on the images that were held out."
-    from superpos.circuit import respond, scorecard
-    held_out = (groups.test[i] for i in (own, 1 - own, 2))
-    return scorecard(*((respond(groups.path, unit, x, mask, layout), respond(groups.path, unit, x))
-                       for x in held_out))
+    from superpos.circuit import scorecard
+    return scorecard(*((target.respond(x, mask), target.respond(x)) for x in groups.held_out(own)))
 
 def beside_random(
     groups: Groups,  # two groups and a background
@@ -376,22 +396,17 @@ def beside_random(
 ) -> dict[str, float]:  # its first three measures, and with `random_` before them the other's
     "How a learned mask does, and a random one of its size."
     from superpos.mask import random_like
-    mask, layout = learned.mask, learned.layout
-    both = {"": mask, "random_": random_like(mask, layout, learned.recipe.seed)}
-    cards = {name: judge(groups, groups.unit.index, 0, m, layout) for name, m in both.items()}
+    drawn = random_like(learned.mask, learned.layout, learned.recipe.seed)
+    target = dataclasses.replace(groups.target, per=learned.layout.per)
+    cards = {name: judge(groups, target, 0, m)
+             for name, m in {"": learned.mask, "random_": drawn}.items()}
     return {f"{name}{k}": card[k] for name, card in cards.items() for k in measures[:3]}
 
 # %% ../nbs/59_report.ipynb #bf1d6fe2
-def _tests(groups: Groups, own: int, mask, layout, seed: int) -> list[dict]:
+def _tests(groups: Groups, own: int, mask, target, seed: int) -> list[dict]:
     "A row for the whole network, the circuit, its complement, a random mask, and so on."
     from superpos.circuit import faithfulness
-    from superpos.mask import random_like
-    if groups.path.exact_crop:
-        held_out = (groups.test[i] for i in (own, 1 - own, 2))
-        tests = faithfulness(groups.path, groups.unit.index, mask, layout, *held_out, seed)
-    else:
-        masks = dict(circuit=mask, complement=~mask, random=random_like(mask, layout, seed))
-        tests = {k: judge(groups, groups.unit.index, own, m, layout) for k, m in masks.items()}
+    tests = faithfulness(target, mask, *groups.held_out(own), seed)
     whole = {k: tests["circuit"].get(f"{k}_before", 1.) for k in measures}
     return [dict(group=groups.names[own], test=name, **{k: row[k] for k in measures})
             for name, row in {"whole network": whole, **tests}.items()]
@@ -414,26 +429,27 @@ def control_units(
 
 def two_masks(
     groups: Groups,  # two groups and a background
-    find: Callable,  # (unit, own): a mask, its layout, and how sure it is
+    find: Callable,  # (unit, own): a mask, its target, and how sure it is
     controls: Sequence[int] = (),  # units to try the same on
 ) -> tuple[list[tuple], dict]:  # for each group what `find` found, and of `against_controls`
     "A circuit for either group, beside what the same recipe finds for control units."
     from superpos.circuit import against_controls
     unit, found = groups.unit.index, {}
     if not controls: return [find(unit, own) for own in (0, 1)], {}
-    def recipe(path, v):
-        found[v] = [find(v, own) for own in (0, 1)]
-        cards = [judge(groups, v, own, *found[v][own][:2]) for own in (0, 1)]
+    def recipe(target):
+        found[target.unit] = [find(target.unit, own) for own in (0, 1)]
+        cards = [judge(groups, of, own, mask)
+                 for own, (mask, of, _) in enumerate(found[target.unit])]
         return {(name, k): x for name, card in zip(groups.names, cards) for k, x in card.items()
                 if k.removesuffix("_before") in measures[:3]}
-    judged = against_controls(recipe, groups.path, unit, controls)
+    judged = against_controls(recipe, groups.target, controls)
     return found[unit], judged
 
 # %% ../nbs/59_report.ipynb #43a51085
 def report_circuits(
     out: str | Path,  # folder for all files
     groups: Groups,  # the unit and its images
-    masks: Sequence[tuple],  # for each of the two groups: a mask, its layout, how sure it is
+    masks: Sequence[tuple],  # for each of the two groups: a mask, its target, how sure it is
     judged: Mapping,  # by group and measure: value, controls, excess, p; as `against_controls`
     controls: Sequence[int],  # the units that the same recipe was tried on
     method: str,  # that found the masks
@@ -467,12 +483,12 @@ def _circuit_tables(groups: Groups, masks, judged: Mapping, seed: int) -> dict:
     import pandas as pd
 
     from superpos.circuit import overlap
-    (a, layout, _), (b, *_) = masks
+    (a, target, _), (b, *_) = masks
     tests = [row for own in (0, 1) for row in _tests(groups, own, *masks[own][:2], seed)]
     beside = [dict(group=group, measure=k, value=row["value"], controls=_mean(row),
                    excess=row["excess"], p=row["p"]) for (group, k), row in judged.items()]
     return dict(cards=pd.DataFrame(tests), controls=pd.DataFrame(beside),
-                shared=pd.DataFrame(overlap(a, b, layout)))
+                shared=pd.DataFrame(overlap(a, b, target.layout)))
 
 def _mean(row: Mapping) -> float: return sum(row["controls"])/len(row["controls"])
 
@@ -487,31 +503,37 @@ def _summary(groups: Groups, masks, shared) -> dict:
 def _save_circuits(out: Path, groups: Groups, masks, method: str, settings: Mapping) -> None:
     "A file for each circuit, and a warning if a learned one was rounded too soon."
     from superpos.circuit import Circuit
-    for name, (mask, layout, sure) in zip(groups.names, masks):
+    for name, (mask, target, sure) in zip(groups.names, masks):
         file = re.sub(r"\W+", "-", name).strip("-") or "group"
-        Circuit.of(groups.path.model, groups.unit, mask, layout, name, method, **settings,
-                   **sure).save(out/f"{file}.safetensors")
+        Circuit.of(target, mask, name, method, **settings, **sure).save(
+            out/f"{file}.safetensors")
         if sure.get("undecided", 0) >= .01 or sure.get("gap", 0) >= .5:
             warnings.warn(f"{name}: {sure['undecided']:.1%} of the mask is undecided, and rounding "
                           f"moved the response by {sure['gap']:.2f} deviations; take more --steps",
                           stacklevel=2)
 
 def _told(groups: Groups, masks, tables: Mapping, judged: Mapping) -> str:
-    "What two circuits came to, in a sentence each."
+    "What two circuits came to, in two sentences each."
+    from superpos.circuit import is_faithful
     names, kept = groups.names[:2], masks[0][0].float().mean().item()
-    auroc, sentences = tables["cards"].set_index(["group", "test"]).auroc_other, []
+    cards, sentences = tables["cards"].set_index(["group", "test"]), []
+    auroc = cards.auroc_other
     for own, other in (names, names[::-1]):
         there = ""
         if judged:
             before, after = (_mean(judged[own, f"auroc_other{when}"]) for when in ("_before", ""))
             there = f"; control units: {before:.2f} before, {after:.2f} after"
+        holds = is_faithful(cards.loc[own].to_dict("index"))
         sentences.append(
             f"On {kept:.1%} of its parameters {groups.unit} ranks {own} above {other} with "
             f"probability {auroc[own, 'circuit']:.2f} (whole network: "
-            f"{auroc[own, 'whole network']:.2f}{there}).")
+            f"{auroc[own, 'whole network']:.2f}{there}). It {_holds[holds]}.")
     tested = " and ".join(str(len(x)) for x in groups.test[:2])
     return " ".join([*sentences, "All numbers are from images that were not learned from: "
                      f"{tested} of the two groups."])
+
+_holds = {True: "is faithful: it holds under every ablation",
+          False: "is not faithful: it does not hold under every ablation"}
 
 # %% ../nbs/59_report.ipynb #b7502f9c
 def _circuit_sections(groups: Groups, masks, cards, controls, shared) -> dict[str, list]:
@@ -528,7 +550,7 @@ def _circuit_sections(groups: Groups, masks, cards, controls, shared) -> dict[st
     beside = [_no_controls] if controls.empty else [
         _controls, *(part for name in groups.names[:2] for part in (f"For {name}:",
                                                                     of(controls, name)))]
-    return {"The images": strips, "How to read the tables": [_explained(groups)], **both,
+    return {"The images": strips, "How to read the tables": [_explained()], **both,
             "Control units": beside,
             "What the two share": ["Jaccard index of the two masks, layer by layer, beside what "
                                    "independent masks of the same sizes would have (95 % range).",
@@ -545,26 +567,27 @@ _in_words = {"auroc_other": "AUROC over other", "auroc_background": "AUROC over 
              "mean_background": "mean, background"}
 
 # %% ../nbs/59_report.ipynb #65cca95b
-def _explained(groups: Groups) -> str:
+def _explained() -> str:
     "What the measures are, and what takes the place of what is left out."
-    others = ("; on mean and resample it is what the background gives there, on average or by one "
-              "of its images" if groups.path.exact_crop else "")
     return ("AUROC: the probability that an image of the group drives the unit more than one of "
             "the others. Correlation and slope compare the unit's response on the circuit with "
             "that on the whole network, within the group. Means are of its response before the "
-            f"ReLU. What is not in the circuit is nought{others}. The complement is the network "
+            "ReLU. What is not in the circuit is nought; on mean, resample and adversarial it is "
+            "what the background gives there, on average, by one of its images, or by that of "
+            "eight which hurts most. A circuit is called faithful if on all of them both AUROCs "
+            "are at least .75 and the correlation at least .5. The complement is the network "
             "without the circuit; random masks keep as many parameters in each layer.")
 
-def _diagram(groups: Groups, own: int, mask, layout) -> list:
+def _diagram(groups: Groups, own: int, mask, target) -> list:
     "The strongest paths of a circuit, where it is a chain of convolutions."
     from superpos import plot
     from superpos.circuit import skeleton
     path = groups.path
     if not path.exact_crop:
         return [f"There is no diagram: it follows chains of convolutions, and {path.why}."]
-    try: bones = skeleton(path, groups.unit.index, mask, layout, groups.test[own])
+    try: bones = skeleton(target, mask, groups.test[own])
     except ValueError as problem: return [f"There is no diagram: {problem}."]
-    first = path.parameters()[layout.names[0]].detach().cpu()
+    first = path.parameters()[target.layout.names[0]].detach().cpu()
     colours = ("red", "green", "blue") if first.shape[1] == 3 else ("grey",)*first.shape[1]
     inputs = [colours[c] for c in bones.nodes[0]]
     filters = _filters(first, bones.nodes[1]) if len(bones.layers) > 2 else {}
@@ -591,7 +614,7 @@ def report_frontier(
     "How faithful circuits for the first group are, by how much they keep."
     out, unit, (own, other, _) = Path(out), groups.unit, groups.names
     _write(out/"frontier.csv", table)
-    before = judge(groups, unit.index, 0)["auroc_other"]
+    before = judge(groups, groups.target, 0)["auroc_other"]
     columns = ["auroc_other", "random_auroc_other", "correlation", "random_correlation",
                "undecided", "gap"]
     means = table.groupby("keep", as_index=False)[columns].mean()

@@ -17,13 +17,13 @@ from superpos import circuit
 from superpos.activation import record, strongest_patches
 from superpos.circuit import (
     Circuit,
-    ablate,
     against_controls,
     auroc,
     cross_ablation,
     effective_mask,
     extract,
     faithfulness,
+    is_faithful,
     kept_fractions,
     matched_mask,
     overlap,
@@ -32,10 +32,11 @@ from superpos.circuit import (
     skeleton,
 )
 from superpos.field import pathway, receptive_field
-from superpos.mask import Layout, keep_top, random_like, respond, soft_mask, undecided
-from superpos.model import ResNet8, SmallAlexNet, Unit, fingerprint, layer_outputs
-from superpos.score import magnitude, relevant_weights
+from superpos.mask import random_like, soft_mask, undecided
+from superpos.model import CifarResNet, ResNet8, SmallAlexNet, Unit, fingerprint, layer_outputs
+from superpos.score import keep_top, magnitude
 from superpos.sparsify import sparsify
+from superpos.target import Layout, Target, ablations
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def net():
 
 @pytest.fixture(scope="module")
 def path(net): return pathway(net, "features.6", (64, 64))
+
+
+@pytest.fixture(scope="module")
+def target(path): return Target(path, 3)
 
 
 def crops(path, n, seed=0):
@@ -113,8 +118,8 @@ def groups(path):
 @pytest.mark.parametrize("objective", ["preserve", "separate"])
 def test_learning_is_exact_in_size_and_repeatable(net, path, objective):
     before = fingerprint(net)
-    a, b, c = (sparsify(path, 3, *groups(path), keep=.2, objective=objective, steps=12, seed=s)
-               for s in (0, 0, 1))
+    how = dict(keep=.2, objective=objective, steps=12)
+    a, b, c = (sparsify(Target(path, 3), *groups(path), **how, seed=s) for s in (0, 0, 1))
     assert a.mask.sum() == round(.2*len(a.layout)) and torch.equal(a.mask, b.mask)
     assert (a.loss == b.loss).all() and (a.loss != c.loss).any()
     assert fingerprint(net) == before
@@ -122,29 +127,28 @@ def test_learning_is_exact_in_size_and_repeatable(net, path, objective):
 
 def test_an_undecided_mask_is_refused(path):
     with pytest.raises(RuntimeError, match="undecided"):
-        sparsify(path, 3, *groups(path), keep=.2, steps=3, beta=2).check()
+        sparsify(Target(path, 3), *groups(path), keep=.2, steps=3, beta=2).check()
 
 
 @pytest.mark.parametrize("change,message", [
     (dict(own=torch.zeros(1, 3, 35, 35)), "'own' needs at least two images, got 1"),
     (dict(keep=0), "got 0"), (dict(keep=1.5), "got 1.5"),
     (dict(keep=1e-9), "keeps nothing"), (dict(objective="win"), "got 'win'"),
-    (dict(steps=1), "got 1"), (dict(per="pixel"), "got 'pixel'")])
+    (dict(steps=1), "got 1")])
 def test_bad_input_is_refused(path, change, message):
-    own, other, background = groups(path)
-    with pytest.raises(ValueError, match=message):
-        sparsify(path, 3, **dict(own=own, other=other, background=background, steps=2) | change)
+    given = dict(zip(("own", "other", "background"), groups(path)), steps=2)
+    with pytest.raises(ValueError, match=message): sparsify(Target(path, 3), **given | change)
 
 
 def test_a_constant_unit_is_refused(path):
     same = torch.zeros(4, *crops(path, 1).shape[1:])
     with pytest.raises(ValueError, match="same value for all images"):
-        sparsify(path, 3, same, same, same, steps=2)
+        sparsify(Target(path, 3), same, same, same, steps=2)
 
 
 def test_a_diverging_loss_is_explained(path):
     with pytest.raises(FloatingPointError, match="smaller rate"):
-        sparsify(path, 3, *groups(path), optimiser="sgd", rate=1e38, steps=12)
+        sparsify(Target(path, 3), *groups(path), optimiser="sgd", rate=1e38, steps=12)
 
 
 # ---- circuits
@@ -161,15 +165,16 @@ def test_card_against_scipy():
     assert auroc(torch.tensor([1.]), torch.tensor([1.])) == .5
 
 
-def test_circuit_files(net, path, tmp_path):
-    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    circuit = Circuit.of(net, "features.6:3", keep_top(layout.flatten(magnitude(path, 3)), .13),
-                         layout, "dogs", "magnitude", seed=1)
+def test_circuit_files(net, path, target, tmp_path):
+    file, x = tmp_path/"c.safetensors", crops(path, 3)
+    circuit = Circuit.of(target, keep_top(magnitude(target), .13), "dogs", "magnitude", seed=1)
     circuit.save(file)
-    assert torch.equal(Circuit.load(file, net).mask, circuit.mask)
-    assert Circuit.load(file, net).layout == layout
-    torch.testing.assert_close(circuit.response(path, crops(path, 3)),
-                               respond(path, 3, crops(path, 3), circuit.mask, layout))
+    again = Circuit.load(file, net)
+    assert torch.equal(again.mask, circuit.mask) and again.layout == target.layout
+    assert str(again.target(path)) == "features.6:3"
+    for how in (dict(), dict(ablation="mean", instead=crops(path, 5, 1))):
+        torch.testing.assert_close(again.response(path, x, **how),
+                                   target.respond(x, circuit.mask, **how))
     whole = file.read_bytes()
     for damaged in (whole[:-5], whole[:20], b"", b"{}"*50):
         file.write_bytes(damaged)
@@ -178,12 +183,12 @@ def test_circuit_files(net, path, tmp_path):
     with pytest.raises(ValueError, match="belongs to other weights"):
         Circuit.load(file, SmallAlexNet(width=4))
     with pytest.raises(ValueError, match="booleans"):
-        Circuit.of(net, "features.6:3", torch.ones(3).bool(), layout, "", "")
+        Circuit.of(target, torch.ones(3).bool(), "", "")
 
 
-def test_a_circuit_is_bound_to_biases_too(net, path, tmp_path):
-    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
+def test_a_circuit_is_bound_to_biases_too(net, target, tmp_path):
+    file = tmp_path/"c.safetensors"
+    Circuit.of(target, torch.ones(len(target)).bool(), "", "").save(file)
     shifted = SmallAlexNet(width=4).eval()
     shifted.load_state_dict(net.state_dict())
     Circuit.load(file, shifted)
@@ -233,26 +238,27 @@ def test_extracted_networks_equal_masked_ones(seed, per, keep, corner, bias):
     net, layer = random_net(seed, bias)
     way = pathway(net, layer, (36, 36), (0, 0) if corner else None)
     assume(way.exact_crop)
-    layout, g = Layout.of(way, 1, per), torch.Generator().manual_seed(seed)
-    mask = torch.rand(len(layout), generator=g) < keep
+    target, g = Target(way, 1, per), torch.Generator().manual_seed(seed)
+    mask = torch.rand(len(target), generator=g) < keep
     x = way.crop(torch.randn(3, 3, 36, 36, generator=g))
-    small = extract(way, 1, mask, layout)
-    torch.testing.assert_close(small(x), respond(way, 1, x, mask, layout), atol=1e-5, rtol=1e-5)
+    small = extract(target, mask)
+    torch.testing.assert_close(small(x), target.respond(x, mask), atol=1e-5, rtol=1e-5)
     fewer = sum(m.weight.numel() for m in small if isinstance(m, nn.Conv2d))
-    assert fewer <= sum(w.numel() for w in relevant_weights(way, 1).values())
+    assert fewer <= sum(w.numel() for w in target.weights.values())
 
 
 @pytest.mark.parametrize("per", ["filter", "channel"])
 def test_half_the_channels_make_a_network_of_half_the_width(path, per):
-    layout = Layout.of(path, 3, per)
+    target = Target(path, 3, per)
+    layout = target.layout
     halves = {name: torch.arange(len(p)) % 2 == 0 if len(p) > 3
               else torch.ones(len(p), dtype=torch.bool)
               for name, p in layout.views(torch.ones(len(layout))).items()}
     mask, x = layout.flatten(halves), crops(path, 2)
-    small = extract(path, 3, mask, layout)
+    small = extract(target, mask)
     assert ([(m.in_channels, m.out_channels) for m in small if isinstance(m, nn.Conv2d)]
             == [(3, 2), (2, 6), (6, 1)])
-    torch.testing.assert_close(small(x), respond(path, 3, x, mask, layout), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(small(x), target.respond(x, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_dead_channels_speak_through_their_biases():
@@ -260,20 +266,18 @@ def test_dead_channels_speak_through_their_biases():
                         nn.Conv2d(2, 1, 3, padding=1)).eval().requires_grad_(False)
     net[0].bias.fill_(1.)
     way = pathway(net, "2", (5, 5), (0, 0))
-    layout = Layout.of(way, 0, "filter")
+    target = Target(way, 0, "filter")
     mask, x = torch.tensor([True, False, True]), way.crop(torch.randn(4, 3, 5, 5))
-    small = extract(way, 0, mask, layout)
+    small = extract(target, mask)
     assert [m.out_channels for m in small if isinstance(m, nn.Conv2d)] == [1, 1]
-    torch.testing.assert_close(small(x), respond(way, 0, x, mask, layout))
+    torch.testing.assert_close(small(x), target.respond(x, mask))
     net[0].bias.zero_()
-    assert not torch.allclose(small(x), respond(way, 0, x, mask, layout))
+    assert not torch.allclose(small(x), target.respond(x, mask))
 
 
-def test_a_circuit_that_nothing_reaches_is_a_constant(path):
-    layout = Layout.of(path, 3)
-    empty, x = torch.zeros(len(layout), dtype=torch.bool), crops(path, 3)
-    torch.testing.assert_close(extract(path, 3, empty, layout)(x),
-                               respond(path, 3, x, empty, layout))
+def test_a_circuit_that_nothing_reaches_is_a_constant(path, target):
+    empty, x = torch.zeros(len(target), dtype=torch.bool), crops(path, 3)
+    torch.testing.assert_close(extract(target, empty)(x), target.respond(x, empty))
 
 
 @pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
@@ -282,16 +286,15 @@ def test_effective_entries_are_those_whose_removal_shows(per, seed):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Identity(), nn.Conv2d(4, 4, 1), nn.Identity(),
                         nn.Conv2d(4, 1, 1)).eval().double().requires_grad_(False)
-    way = pathway(net, "4", (1, 1))
-    layout, x = Layout.of(way, 0, per), torch.randn(3, 3, 1, 1, dtype=torch.double)
-    mask = torch.rand(len(layout)) < .5
+    target = Target.of(net, "4:0", (1, 1), per)
+    x, mask = torch.randn(3, 3, 1, 1, dtype=torch.double), torch.rand(len(target)) < .5
     # what depends on the image
-    slope = lambda m: (lambda y: y - y.mean())(respond(way, 0, x, m, layout))
+    slope = lambda m: (lambda y: y - y.mean())(target.respond(x, m))
     without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
     shows = torch.tensor([bool(mask[i])
                           and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12)
                           for i in range(len(mask))])
-    assert torch.equal(effective_mask(mask, layout), shows)
+    assert torch.equal(effective_mask(target, mask), shows)
 
 
 class Branches(nn.Module):
@@ -312,57 +315,49 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("seed", range(4))
 def test_effective_entries_of_branches_are_those_whose_removal_shows(per, seed):
     torch.manual_seed(seed)
-    way = pathway(Branches().eval().double().requires_grad_(False), "e", (2, 2))
-    layout, x = Layout.of(way, 1, per), torch.randn(3, 3, 2, 2, dtype=torch.double)
-    mask = torch.rand(len(layout)) < .5
-    slope = lambda m: (lambda y: y - y.mean())(respond(way, 1, x, m, layout))
+    target = Target.of(Branches().eval().double().requires_grad_(False), "e:1", (2, 2), per)
+    x, mask = torch.randn(3, 3, 2, 2, dtype=torch.double), torch.rand(len(target)) < .5
+    slope = lambda m: (lambda y: y - y.mean())(target.respond(x, m))
     without = [mask.clone().index_fill(0, torch.tensor(i), False) for i in range(len(mask))]
     shows = torch.tensor([bool(mask[i])
                           and not torch.allclose(slope(mask), slope(without[i]), atol=1e-12)
                           for i in range(len(mask))])
-    before = fingerprint(way.model)
-    assert torch.equal(effective_mask(mask, layout, way), shows)
-    assert kept_fractions(way, mask, layout)["effective"] == shows.sum().item()/len(shows)
-    assert fingerprint(way.model) == before and not effective_mask(mask & False, layout, way).any()
+    before = fingerprint(target.path.model)
+    assert torch.equal(effective_mask(target, mask), shows)
+    assert kept_fractions(target, mask)["effective"] == shows.sum().item()/len(shows)
+    assert fingerprint(target.path.model) == before
+    assert not effective_mask(target, mask & False).any()
 
 
 @pytest.mark.parametrize("per", ["weight", "kernel", "filter", "channel"])
 def test_a_chain_that_is_run_whole_has_the_same_paths(net, path, per):
     # through a linear layer, so that whole images are run
-    whole = pathway(net, "classifier", (64, 64))
-    layout, part = Layout.of(whole, 3, per), Layout.of(path, 3, per)
+    whole, part = Target.of(net, "classifier:3", (64, 64), per), Target(path, 3, per)
+    layout = whole.layout
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(1)) < .6
     mask[-1] = True  # the unit's filter
-    found = layout.views(effective_mask(mask, layout, whole))
+    found = layout.views(effective_mask(whole, mask))
     assert all(found[name].any() for name in layout.names)
-    chain = circuit._alive_in_branches(keep := mask[:len(part)], part, path)
-    assert all((a == b).all() for a, b in zip(chain, circuit._alive(keep, part)))
+    chain = circuit._alive_in_branches(part, keep := mask[:len(part)])
+    assert all((a == b).all() for a, b in zip(chain, circuit._alive(keep, part.layout)))
 
 
 def test_what_needs_a_chain_says_so():
-    way = pathway(ResNet8(width=4).eval().requires_grad_(False), "stages.1.conv2", (32, 32))
-    layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
-    mask = torch.ones(len(layout), dtype=torch.bool)
-    with pytest.raises(ValueError, match="branch; give the pathway"): effective_mask(mask, layout)
-    why = "whole images are run: 'relu_3' is not a module"
+    way = Target.of(ResNet8(width=4).eval().requires_grad_(False), "stages.1.conv2:0", (32, 32))
+    mask, x = torch.ones(len(way), dtype=torch.bool), way.path.crop(torch.rand(2, 3, 32, 32))
+    why = "the window is all that is run, though 'relu_3' is not a module"
     with pytest.raises(NotImplementedError, match="a circuit is extracted from a chain of layers "
                        f"only; {why}"):
-        extract(way, 0, mask, layout)
-    alone = f"only zero can stand in for what is dropped where layers are no plain chain; {why}"
-    for ablation in ("mean", "resample"):
-        with pytest.raises(NotImplementedError, match=alone):
-            ablate(way, 0, x, mask, layout, ablation, x)
-        with pytest.raises(NotImplementedError, match=alone):
-            sparsify(way, 0, x[:1], x[1:], x, ablation=ablation)
+        extract(way, mask)
     with pytest.raises(NotImplementedError, match="another way of convolving needs a chain of "
                        f"layers; {why}"):
-        way(x, convolve=lambda *_: x)
-    vit = pathway(VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8,
-                                    mlp_dim=16).eval(), "encoder.layers.encoder_layer_0.mlp.0",
-                  (16, 16))
+        way.path(x, convolve=lambda *_: x)
+    vit = Target.of(VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=8,
+                                      mlp_dim=16).eval(),
+                    "encoder.layers.encoder_layer_0.mlp.0:0", (16, 16))
     with pytest.raises(NotImplementedError, match="normalisation; '.*' belongs to a "
                        "MultiheadAttention"):
-        effective_mask(torch.ones(len(of := Layout.of(vit, 0))).bool(), of, vit)
+        effective_mask(vit, torch.ones(len(vit)).bool())
 
 
 def test_a_pathway_convolves_as_it_is_told(path):
@@ -376,45 +371,63 @@ def test_a_pathway_convolves_as_it_is_told(path):
                             if name == "features.6.weight" else 2*plain(name, m, z)))
 
 
-def test_three_counts_of_what_is_kept(path):
-    layout = Layout.of(path, 3)
-    mask = torch.ones(len(layout), dtype=torch.bool)
-    found = kept_fractions(path, mask, layout)
+def test_three_counts_of_what_is_kept(path, target):
+    found = kept_fractions(target, torch.ones(len(target), dtype=torch.bool))
     every = sum(p.shape[0]*p.shape[1] for n, p in path.parameters().items() if p.ndim == 4)
-    assert found == dict(all=len(layout)/every, relevant=1., effective=1.)
+    assert found == dict(all=len(target)/every, relevant=1., effective=1.)
     with pytest.raises(NotImplementedError, match="'b' does not read"):
-        effective_mask(torch.ones(5).bool(), Layout(("a", "b"), ((2, 1), (1, 3)), "kernel"))
+        circuit._alive(torch.ones(5).bool(), Layout(("a", "b"), ((2, 1), (1, 3)), "kernel"))
 
 
-def test_ablation_by_mean_and_resampling_against_hooks(path):
-    layout, x, ref = Layout.of(path, 3), crops(path, 3, 1), crops(path, 5, 2)
-    mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .5
-    none = torch.zeros_like(mask)
-    torch.testing.assert_close(ablate(path, 3, x, mask | True, layout, "mean", ref),
-                               respond(path, 3, x))
-    whole = respond(path, 3, ref)
+def test_ablation_by_mean_and_resampling_against_hooks(path, target):
+    x, ref, sizes = crops(path, 3, 1), crops(path, 5, 2), target.layout.sizes
+    mask = torch.rand(len(target), generator=torch.Generator().manual_seed(0)) < .5
+    torch.testing.assert_close(target.respond(x, mask | True, "mean", ref), target.respond(x))
+    whole = target.respond(ref)
     drawn = torch.randint(5, (3,), generator=torch.Generator().manual_seed(7))
     # nothing kept: the other image's response
-    torch.testing.assert_close(ablate(path, 3, x, none, layout, "resample", ref, seed=7),
+    torch.testing.assert_close(target.respond(x, mask & False, "resample", ref, seed=7),
                                whole[drawn])
     # all of the last layer replaced
-    last = torch.cat([torch.ones(sum(layout.sizes[:-1])), torch.zeros(layout.sizes[-1])]).bool()
-    torch.testing.assert_close(ablate(path, 3, x, last, layout, "mean", ref),
-                               whole.mean().expand(3))
-    torch.testing.assert_close(ablate(path, 3, x, mask, layout, "resample", ref, seed=7, batch=1),
-                               ablate(path, 3, x, mask, layout, "resample", ref, seed=7))
-    for wrong, message in ((dict(ablation="one"), "got 'one'"),
-                           (dict(ablation="mean"), "needs reference images")):
-        with pytest.raises(ValueError, match=message): ablate(path, 3, x, mask, layout, **wrong)
+    last = torch.cat([torch.ones(sum(sizes[:-1])), torch.zeros(sizes[-1])]).bool()
+    torch.testing.assert_close(target.respond(x, last, "mean", ref), whole.mean().expand(3))
+    torch.testing.assert_close(target.respond(x, mask, "resample", ref, seed=7, batch=1),
+                               target.respond(x, mask, "resample", ref, seed=7))
 
 
-def test_faithfulness_of_everything_and_of_its_complement(path):
-    layout = Layout.of(path, 3)
-    found = faithfulness(path, 3, torch.ones(len(layout), dtype=torch.bool), layout, *groups(path))
-    for name in ("circuit", "circuit, mean", "circuit, resample", "random"):
+def test_faithfulness_of_everything_and_of_its_complement(path, target):
+    found = faithfulness(target, torch.ones(len(target), dtype=torch.bool), *groups(path))
+    assert [*found] == ["circuit", *(f"circuit, {a}" for a in ablations[1:]), "complement",
+                        "random"]
+    for name in (*(name for name in found if name.startswith("circuit")), "random"):
         assert found[name]["correlation"] == pytest.approx(1, abs=1e-4)
     assert found["complement"]["correlation"] == found["complement"]["slope"] == 0
     assert found["complement"]["auroc_other"] == .5
+
+
+def test_the_adversary_is_the_hardest_judge(path, target):
+    mask = torch.rand(len(target), generator=torch.Generator().manual_seed(2)) < .6
+    found = faithfulness(target, mask, *groups(path))
+    drawn, worst = found["circuit, resample"], found["circuit, adversarial"]
+    assert worst["mean_own"] < drawn["mean_own"] and worst["mean_other"] > drawn["mean_other"]
+    assert worst["auroc_other"] <= drawn["auroc_other"]
+
+
+def test_faithful_is_what_holds_under_every_ablation():
+    good = dict(auroc_other=.9, auroc_background=.8, correlation=.7)
+    cards = {"circuit": good, "circuit, mean": good, "circuit, resample": good,
+             "complement": dict.fromkeys(good, 0.)}
+    assert is_faithful(cards) and not is_faithful(cards, correlation=.71)
+    for measure in good:
+        assert not is_faithful(cards | {"circuit, mean": good | {measure: .3}})
+
+
+def test_a_residual_network_has_a_card_for_each_ablation():
+    torch.manual_seed(0)
+    deep = Target.of(CifarResNet(20).eval().requires_grad_(False), "layer1.2.conv1:3", (32, 32))
+    x = [deep.path.crop(torch.rand(4, 3, 32, 32)*bright) for bright in (1., .6, .2)]
+    found = faithfulness(deep, torch.ones(len(deep), dtype=torch.bool), *x)
+    assert all(found[name]["correlation"] > .999 for name in found if name.startswith("circuit"))
 
 
 def test_a_constant_response_has_no_correlation_and_no_slope():
@@ -424,13 +437,13 @@ def test_a_constant_response_has_no_correlation_and_no_slope():
         assert found["correlation"] == found["slope"] == 0
 
 
-def test_null_counts_the_control_units_that_do_as_well(path):
-    recipe = lambda path, unit: dict(score=float(unit))
-    found = against_controls(recipe, path, 3, controls=[0, 1, 5])["score"]
+def test_null_counts_the_control_units_that_do_as_well(target):
+    recipe = lambda of: dict(score=float(of.unit))
+    found = against_controls(recipe, target, controls=[0, 1, 5])["score"]
     assert found == dict(value=3., controls=[0., 1., 5.], excess=1., p=.5)
-    assert 3. not in against_controls(recipe, path, 3, controls=23)["score"]["controls"]
+    assert 3. not in against_controls(recipe, target, controls=23)["score"]["controls"]
     with pytest.raises(ValueError, match="1..23 control units"):
-        against_controls(lambda *_: {}, path, 3, controls=24)
+        against_controls(lambda _: {}, target, controls=24)
 
 
 def test_expected_overlap_by_simulation():
@@ -482,40 +495,36 @@ def test_matched_masks_keep_layers_and_scores():
     with pytest.raises(ValueError, match="no pairs of the kind 'x'"): overlaps({"x": []}, layout)
 
 
-def test_removing_shared_entries_or_sparing_them(path):
-    layout, (own, other, background) = Layout.of(path, 3), groups(path)
-    every = torch.ones(len(layout), dtype=torch.bool)
-    spared = cross_ablation(path, 3, dict(a=every, b=every), layout, dict(a=own, b=other),
-                            background)
-    np.testing.assert_allclose(spared, 1, atol=1e-5)
-    np.testing.assert_allclose(cross_ablation(path, 3, dict(a=every, b=every), layout,
-                                              dict(a=own, b=other), background, alone=False), 0,
-                               atol=1e-5)
+def test_removing_shared_entries_or_sparing_them(path, target):
+    own, other, background = groups(path)
+    every = torch.ones(len(target), dtype=torch.bool)
+    asked = target, dict(a=every, b=every), dict(a=own, b=other), background
+    np.testing.assert_allclose(cross_ablation(*asked), 1, atol=1e-5)
+    np.testing.assert_allclose(cross_ablation(*asked, alone=False), 0, atol=1e-5)
     with pytest.raises(ValueError, match="answers to 'a' as to the background"):
-        cross_ablation(path, 3, dict(a=every), layout, dict(a=background), background)
+        cross_ablation(target, dict(a=every), dict(a=background), background)
 
 
 def test_a_skeleton_needs_a_chain():
     for net, layer in ((ResNet8(width=4), "stages.1.conv2"), (SmallAlexNet(width=4), "classifier")):
-        way = pathway(net.eval().requires_grad_(False), layer, (32, 32))
-        layout, x = Layout.of(way, 0), torch.rand(2, 3, 32, 32)
-        with pytest.raises(NotImplementedError, match="skeleton follows chains .* whole images"):
-            skeleton(way, 0, torch.ones(len(layout), dtype=torch.bool), layout, x)
+        way = Target.of(net.eval().requires_grad_(False), f"{layer}:0", (32, 32))
+        with pytest.raises(NotImplementedError, match="skeleton follows chains of convolutions"):
+            skeleton(way, torch.ones(len(way), dtype=torch.bool), torch.rand(2, 3, 32, 32))
 
 
-def test_the_skeleton_of_a_small_circuit_is_the_circuit(path):
-    layout, x = Layout.of(path, 3), crops(path, 4)
+def test_the_skeleton_of_a_small_circuit_is_the_circuit(path, target):
+    layout, x = target.layout, crops(path, 4)
     mask = torch.rand(len(layout), generator=torch.Generator().manual_seed(0)) < .6
-    bones = skeleton(path, 3, mask, layout, x, nodes=100, edges=100)
-    alive = effective_mask(mask, layout)
+    bones = skeleton(target, mask, x, nodes=100, edges=100)
+    alive = effective_mask(target, mask)
     assert len(bones.edges) <= alive.sum() and bones.share == pytest.approx(1, abs=1e-4)
     for layer, reader, read, _ in bones.edges:
         assert layout.views(mask)[layout.names[layer]][0 if layer == len(layout.names) - 1
                                                        else bones.nodes[layer + 1][reader],
                                                        bones.nodes[layer][read]]
-    assert all(len(n) <= 2 for n in skeleton(path, 3, mask, layout, x, nodes=2).nodes)
+    assert all(len(n) <= 2 for n in skeleton(target, mask, x, nodes=2).nodes)
     with pytest.raises(ValueError, match="nothing to draw"):
-        skeleton(path, 3, mask & False, layout, x)
+        skeleton(target, mask & False, x)
 
 
 def written(file):
@@ -529,10 +538,9 @@ def write(file, about, bits):
     save_file({"mask": bits}, file, metadata={"circuit": about, "digest": digest})
 
 
-def test_a_file_that_was_changed_is_refused(net, path, tmp_path):
-    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    mask = keep_top(layout.flatten(magnitude(path, 3)), .2)
-    Circuit.of(net, "features.6:3", mask, layout, "dogs", "magnitude", keep=.2).save(file)
+def test_a_file_that_was_changed_is_refused(net, target, tmp_path):
+    file, mask = tmp_path/"c.safetensors", keep_top(magnitude(target), .2)
+    Circuit.of(target, mask, "dogs", "magnitude", keep=.2).save(file)
     saved, bits = written(file)
     write(file, saved["circuit"], bits)
     assert torch.equal(Circuit.load(file, net).mask, mask)
@@ -551,10 +559,10 @@ def test_a_file_that_was_changed_is_refused(net, path, tmp_path):
             Circuit.load(file, net)
 
 
-def test_a_full_disk_is_named_with_the_circuit(net, path, tmp_path):
+def test_a_full_disk_is_named_with_the_circuit(target, tmp_path):
     resource = pytest.importorskip("resource")
-    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    found = Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "")
+    file = tmp_path/"c.safetensors"
+    found = Circuit.of(target, torch.ones(len(target)).bool(), "", "")
     found.save(file)
     before, limit = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
@@ -568,32 +576,36 @@ def elsewhere(device):
     "A network on another device, and a circuit of it."
     way = pathway(SmallAlexNet(width=4).eval().requires_grad_(False), "features.6", (64, 64))
     way.model.to(device)
-    layout = Layout.of(way, 3)
-    mask = torch.arange(len(layout)) % 3 > 0
-    return way, Circuit(Unit("features.6", 3), mask, layout, "", "", "")
+    target = Target(way, 3)
+    mask = torch.arange(len(target)) % 3 > 0
+    return target, Circuit(Unit("features.6", 3), mask, target.layout, "", "", "")
 
 
 def test_masks_go_to_the_device_of_the_weights():
-    way, found = elsewhere("meta")
+    target, found = elsewhere("meta")
     assert found.mask.device.type == "cpu"
-    x = way.crop(torch.rand(2, 3, 64, 64, device="meta"))
-    assert found.response(way, x).device.type == "meta"
+    x = target.path.crop(torch.rand(2, 3, 64, 64, device="meta"))
+    assert found.response(target.path, x).device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_circuits_on_a_gpu(tmp_path):
-    way, found = elsewhere("cuda")
+    target, found = elsewhere("cuda")
+    way = target.path
     x, other, dark = (way.crop(torch.rand(6, 3, 64, 64, device="cuda")) for _ in range(3))
-    cpu = pathway(copy.deepcopy(way.model).cpu(), "features.6", (64, 64))
-    torch.testing.assert_close(found.response(way, x).cpu(), found.response(cpu, x.cpu()))
-    assert kept_fractions(way, found.mask, found.layout)["relevant"] == pytest.approx(found.keep)
-    assert skeleton(way, 3, found.mask, found.layout, x).share > 0
-    cards = faithfulness(way, 3, found.mask, found.layout, x, other, dark)
-    plain = faithfulness(cpu, 3, found.mask, found.layout, x.cpu(), other.cpu(), dark.cpu())
-    assert cards["circuit, mean"] == pytest.approx(plain["circuit, mean"], abs=1e-3)
-    for ablation in ("zero", "mean", "resample"):
-        learned = sparsify(way, 3, x, other, dark, keep=.3, steps=4, ablation=ablation)
-        again = Circuit.of(way.model, "features.6:3", learned.mask, learned.layout, "", "")
+    cpu = Target.of(copy.deepcopy(way.model).cpu(), "features.6:3", (64, 64))
+    torch.testing.assert_close(found.response(way, x).cpu(), found.response(cpu.path, x.cpu()))
+    assert kept_fractions(target, found.mask)["relevant"] == pytest.approx(found.keep)
+    assert skeleton(target, found.mask, x).share > 0
+    masks = torch.rand(3, len(target), device="cuda")
+    torch.testing.assert_close(target(x, masks), torch.stack([target(x, m) for m in masks]))
+    cards = faithfulness(target, found.mask, x, other, dark)
+    plain = faithfulness(cpu, found.mask, x.cpu(), other.cpu(), dark.cpu())
+    for name in ("circuit, mean", "circuit, resample", "circuit, adversarial"):
+        assert cards[name] == pytest.approx(plain[name], abs=1e-3)
+    for ablation in ablations:
+        learned = sparsify(target, x, other, dark, keep=.3, steps=4, ablation=ablation)
+        again = Circuit.of(target, learned.mask, "", "")
         again.save(file := tmp_path/"c.safetensors")
         assert Circuit.load(file, way.model).response(way, x).device.type == "cuda"
 
@@ -602,9 +614,9 @@ def test_circuits_on_a_gpu(tmp_path):
                                     dict(shapes=[[-1, 2]]*3), dict(settings="rm"),
                                     dict(unit="features.6:999"), dict(unit="features.3:0"),
                                     dict(shapes=[[10**9, 10**9]]*3)])
-def test_hostile_files_are_refused(net, path, tmp_path, change):
-    layout, file = Layout.of(path, 3), tmp_path/"c.safetensors"
-    Circuit.of(net, "features.6:3", torch.ones(len(layout)).bool(), layout, "", "").save(file)
+def test_hostile_files_are_refused(net, target, tmp_path, change):
+    file = tmp_path/"c.safetensors"
+    Circuit.of(target, torch.ones(len(target)).bool(), "", "").save(file)
     saved, bits = written(file)
     write(file, json.dumps(json.loads(saved["circuit"]) | change), bits)
     with pytest.raises(ValueError) as refused: Circuit.load(file, net)

@@ -111,6 +111,14 @@ def test_overview(said):
     assert all(f"│ {name}" in said("studies")[1] for name in ("list", "show", "run", "resume"))
 
 
+@pytest.mark.parametrize("width", [60, 66, 80, 100, 200])
+def test_the_overview_is_what_cyclopts_says(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    cli._parser([])(["--help"], result_action="return_value")
+    slow = capsys.readouterr().out
+    assert cli.main(["--help"]) == 0 and capsys.readouterr().out == slow
+
+
 def understood(line):
     "The command of a line, and what it is given."
     words = line.split()
@@ -431,7 +439,8 @@ def test_circuit_where_branches_join(said, place):
     assert said(f"circuit --unit c:1 --model tiny:skip {folders} --keep 0.5 --steps 6 --controls 1 "
                 "--out skipped")[0] == 0
     assert ({*pd.read_csv(place/"skipped"/"cards.csv").test}
-            == {"whole network", "circuit", "complement", "random"})
+            == {"whole network", "circuit", "complement", "random",
+                *(f"circuit, {a}" for a in ("mean", "resample", "adversarial"))})
     assert "There is no diagram" in check_report(place/"skipped"/"report.html").text
 
 
@@ -584,7 +593,8 @@ def test_what_needs_no_torch_does_not_import_it(line):
     code = ("import sys\nfrom superpos.cli import main\n"
             f"assert main({line.split()}) == 0\n"
             "heavy = {'torch', 'torchvision', 'pandas', 'matplotlib', 'scipy'} & {*sys.modules}\n"
-            "assert not heavy, heavy")
+            "assert not heavy, heavy\n"
+            f"assert {line!r} != '--help' or 'cyclopts' not in sys.modules")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                          env=os.environ | dict(PYTHONPATH=str(Path(cli.__file__).parent.parent)))
     assert ran.returncode == 0, ran.stderr

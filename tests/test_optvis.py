@@ -13,8 +13,6 @@ from torch import nn
 
 from superpos.circuit import Circuit
 from superpos.core import set_seed
-from superpos.field import pathway
-from superpos.mask import Layout
 from superpos.model import ResNet8, SmallAlexNet, Unit, imagenet_input, layer_outputs
 from superpos.optvis import (
     Direction,
@@ -27,7 +25,7 @@ from superpos.optvis import (
     total_variation,
     visualise,
 )
-from superpos.score import relevant_weights
+from superpos.target import Target
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -313,13 +311,13 @@ def test_a_contrast_picks_one_meaning_and_still_drives_the_unit():
 
 def test_a_circuit_is_drawn_and_not_its_network():
     net = stripes()
-    path = pathway(net, "4", (48, 48))
-    layout, kept = Layout.of(path, 4), relevant_weights(path, 4)
+    target = Target.of(net, "4:4", (48, 48))
+    path, layout = target.path, target.layout
     for dropped, left in ((2, 0), (0, 2)):
         mask = torch.ones(len(layout), dtype=torch.bool)
         layout.views(mask)["4.weight"][0, dropped] = False
-        circuit = Circuit.of(net, "4:4", mask, layout, "stripes", "by hand")
-        weights = circuit.layout.apply(circuit.mask, kept)
+        circuit = Circuit.of(target, mask, "stripes", "by hand")
+        weights = circuit.layout.apply(circuit.mask, target.weights)
         picture = visualise(net, circuit.unit, size=48, steps=40, transforms=(), weights=weights)
         crop = path.crop(imagenet_input((torch.tensor(picture)*255).round().byte().permute(
             0, 3, 1, 2)))

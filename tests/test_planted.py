@@ -4,12 +4,12 @@ import copy
 import pytest
 import torch
 
-from superpos.circuit import effective_mask, respond
+from superpos.circuit import effective_mask
 from superpos.planted import (
     _costs,
+    entrants,
     leaderboard,
     merge_blocks,
-    methods,
     recovery_scores,
     train_blocks,
 )
@@ -30,22 +30,21 @@ def test_only_the_truth_matters_to_a_block(blocks, planted):
             block = blocks.net(images)[:, c].flatten()
             for part in (1., .5, 0.):  # other kernels: all there, half of them, none
                 others = ~planted.truth.any(0) & (torch.rand(len(truth)) < part)
-                torch.testing.assert_close(respond(planted.path, 0, images, truth | others,
-                                                   planted.layout), block, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(planted.target.respond(images, truth | others), block,
+                                           atol=1e-5, rtol=1e-4)
     together = sum(blocks.net(planted.test[-1]).flatten(1).unbind(1))
-    torch.testing.assert_close(respond(planted.path, 0, planted.test[-1]), together, atol=1e-5,
+    torch.testing.assert_close(planted.target.respond(planted.test[-1]), together, atol=1e-5,
                                rtol=1e-4)
 
 
 def test_every_true_kernel_lies_on_a_path_and_matters(planted):
     for truth in planted.truth:
-        assert torch.equal(effective_mask(truth, planted.layout), truth)
+        assert torch.equal(effective_mask(planted.target, truth), truth)
         images = torch.cat(planted.learn)
-        whole = respond(planted.path, 0, images, truth, planted.layout)
+        whole = planted.target.respond(images, truth)
         for i in truth.nonzero().ravel()[::5]:
-            assert not torch.equal(respond(planted.path, 0, images,
-                                           truth.clone().index_fill(0, i, False), planted.layout),
-                                   whole)
+            without = truth.clone().index_fill(0, i, False)
+            assert not torch.equal(planted.target.respond(images, without), whole)
 
 
 def test_a_kernel_costs_what_the_loss_rises_without_it(blocks):
@@ -122,7 +121,7 @@ def test_a_network_is_the_same_for_the_same_seed(blocks):
 
 
 def test_every_method_can_be_entered(blocks):
-    quick = {name: methods[name]
+    quick = {name: entrants[name]
              for name in ("FORCE", "SNIP", "ActGrad", "Taylor", "magnitude", "random")}
     oracle = dict(oracle=lambda *asked: merge_blocks(blocks).truth[0])
     rows = leaderboard(quick | oracle, [5], [0.], .5, steps=40)

@@ -31,6 +31,7 @@ from superpos.learn import load_loop
 from superpos.model import SmallAlexNet, load_model
 from superpos.optvis import visualise
 from superpos.score import actgrad, force, keep_top, snip
+from superpos.target import Target
 from superpos.toy import Features, Toy, untrained_toy
 
 fork = multiprocessing.get_context("fork")
@@ -244,8 +245,7 @@ def test_a_saved_result_is_only_text(tmp_path):
 
 def kept(net, images, score):
     path = pathway(net, "features.6", tuple(images.shape[-2:]))
-    scores = score(path, 1, path.crop(images/255))
-    return keep_top(torch.cat([s.flatten() for s in scores.values()]), .1)
+    return keep_top(score(Target(path, 1), path.crop(images/255)), .1)
 
 
 asks = dict(
@@ -274,7 +274,7 @@ import hashlib, json
 import numpy as np, torch
 from test_dissect import Table, mixture, numbered, settings
 from superpos.core import set_seed
-from superpos import acquire, cluster, data, dissect, mask, model, toy
+from superpos import acquire, cluster, data, dissect, mask, model, target, toy
 
 def digest(*arrays):
     parts = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)
@@ -291,7 +291,7 @@ features = toy.Features(20, density=torch.tensor([[.1], [.5]]))
 run = toy.train(features, 5, seeds=range(3), steps=50, quiet=True).toy
 groups = cluster.find_groups(mixture()[0], nulls=39, seed=1)
 rows = dissect.dissect(Table(mixture()[0]).eval(), "unit", numbered(120), **settings).table
-layout = mask.Layout(("a",), ((6, 10),), "weight")
+layout = target.Layout(("a",), ((6, 10),), "weight")
 print(json.dumps(dict(
     images=digest(*(s(40, size=32).source for s in (data.shapes, data.photographs))),
     toy=digest(run.W.numpy(), run.b.numpy()), groups=digest(groups.labels, groups.p),

@@ -14,7 +14,6 @@ from torch import nn
 from superpos.data import shapes
 from superpos.dissect import Dissection
 from superpos.field import pathway
-from superpos.mask import Layout
 from superpos.model import Unit, imagenet_input
 from superpos.report import (
     Groups,
@@ -30,6 +29,7 @@ from superpos.report import (
     report,
     two_masks,
 )
+from superpos.target import Target
 
 nasty = '<script>alert("x")</script> & "quotes"'
 
@@ -143,15 +143,15 @@ def test_control_units_are_alive_and_others(groups):
 
 
 def test_masks_of_a_unit_beside_those_of_controls(groups):
-    layout = Layout.of(groups.path, 0, "kernel")
     asked = []
     def find(unit, own):
         asked.append((unit, own))
-        return torch.arange(len(layout)) % 2 == own, layout, {}
+        target = Target(groups.path, unit)
+        return torch.arange(len(target)) % 2 == own, target, {}
     masks, judged = two_masks(groups, find, [2, 4])
     assert asked == [(0, 0), (0, 1), (2, 0), (2, 1), (4, 0), (4, 1)]
     assert [bool(mask[1]) for mask, *_ in masks] == [False, True]
-    card = judge(groups, 0, 1, *masks[1][:2])
+    card = judge(groups, masks[1][1], 1, masks[1][0])
     row = judged[groups.names[1], "auroc_other"]
     assert row["value"] == card["auroc_other"] and len(row["controls"]) == 2
     assert two_masks(groups, find)[1] == {}

@@ -16,23 +16,19 @@ from superpos.field import pathway
 from superpos.model import ResNet8, SmallAlexNet, fingerprint, load_model
 from superpos.score import (
     actgrad,
-    broadcast_parts,
     force,
     force_schedule,
     iter_snip,
     keep_top,
     magnitude,
-    part_means,
-    relevant_weights,
+    random_scores,
     snip,
     taylor,
 )
+from superpos.target import Target, broadcast_parts, part_means, relevant_weights
 
 granularities = ("weight", "kernel", "filter", "channel")
 with_images = dict(snip=snip, taylor=taylor, actgrad=actgrad, force=force, iter_snip=iter_snip)
-
-
-def flat(scores): return torch.cat([s.flatten() for s in scores.values()])
 
 
 def tiny():
@@ -136,20 +132,31 @@ def test_spread_is_the_inverse_of_gather(shape, per):
     torch.testing.assert_close(part_means(spread, per), parts)
 
 
+def test_a_flat_vector_knows_its_weights():
+    target = Target(network("chain")[0], 1)
+    scores = magnitude(target)
+    for name, part in target.layout.views(scores).items():
+        torch.testing.assert_close(part, part_means(target.weights[name].abs(), "kernel"))
+    assert torch.equal(random_scores(target, 3), random_scores(target, 3))
+    assert len(random_scores(target)) == len(scores) == len(target)
+
+
+def together(parts): return torch.cat([p.flatten() for p in parts.values()])
+
+
 # ---- against what they mean
 
 def removal(path, unit, x, per):
     "What taking out each part changes, summed over images: by doing it."
-    before, weights, effect = path(x, unit=unit), relevant_weights(path, unit), {}
+    before, weights, effect = path(x, unit=unit), relevant_weights(path, unit), []
     for name, w in weights.items():
-        parts = torch.zeros_like(part_means(w, per))
-        for i in range(parts.numel()):
-            mask = torch.ones(parts.numel(), dtype=w.dtype)
+        count = part_means(w, per).numel()
+        for i in range(count):
+            mask = torch.ones(count, dtype=w.dtype)
             mask[i] = 0
-            parts.view(-1)[i] = (path(x, {**weights, name: w*broadcast_parts(mask, w, per)}, unit)
-                                 - before).abs().sum()
-        effect[name] = parts
-    return effect
+            without = {**weights, name: w*broadcast_parts(mask, w, per)}
+            effect.append((path(x, without, unit) - before).abs().sum())
+    return torch.stack(effect)
 
 
 @pytest.mark.parametrize("per", granularities)
@@ -160,16 +167,16 @@ def test_taylor_is_removal_where_the_network_is_linear(per):
                         nn.Conv2d(3, 2, 2)).eval().requires_grad_(False).double()
     path = pathway(net, "4", (8, 8))
     x = path.crop(torch.randn(5, 3, 8, 8, dtype=torch.double))
-    torch.testing.assert_close(flat(taylor(path, 1, x, per)), flat(removal(path, 1, x, per)))
+    torch.testing.assert_close(taylor(Target(path, 1, per), x), removal(path, 1, x, per))
 
 
 @pytest.mark.parametrize("per", granularities)
 def test_scores_rank_as_removal_does(per):
     path, x = network("chain")
-    truth, rank = flat(removal(path, 1, x, per)), {}
+    truth, rank = removal(path, 1, x, per), {}
     for name, score in dict(snip=snip, taylor=taylor, actgrad=actgrad).items():
-        rank[name] = spearmanr(flat(score(path, 1, x, per)), truth).statistic
-    chance = spearmanr(flat(magnitude(path, 1, per)), truth).statistic
+        rank[name] = spearmanr(score(Target(path, 1, per), x), truth).statistic
+    chance = spearmanr(magnitude(Target(path, 1, per)), truth).statistic
     assert (rank["taylor"] > .8 and rank["actgrad"] > .5 and rank["snip"] > .35
             and rank["taylor"] > chance + .1), (rank, chance)
 
@@ -188,22 +195,23 @@ def test_snip_and_taylor_against_the_gradient_of_each_image(name, per):
             axes = [a for a in axes if a < w.ndim]
             sizes[n] = sizes[n] + (effect.abs().mean(axes) if axes else effect.abs())
             wholes[n] = wholes[n] + (effect.sum(axes) if axes else effect).abs()
-    torch.testing.assert_close(flat(snip(path, 1, x, per)), flat(sizes), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(flat(taylor(path, 1, x, per)), flat(wholes), rtol=1e-4, atol=1e-6)
+    for score, wanted in ((snip, sizes), (taylor, wholes)):
+        torch.testing.assert_close(score(Target(path, 1, per), x), together(wanted), rtol=1e-4,
+                                   atol=1e-6)
 
 
 def test_one_image_at_a_time_and_a_batch_give_the_same(monkeypatch):
     path, x = network("fire")
-    batched = flat(snip(path, 1, x))
+    batched = snip(Target(path, 1), x)
     monkeypatch.setattr("superpos.score._batch", lambda weights: 1)
-    torch.testing.assert_close(flat(snip(path, 1, x)), batched)
+    torch.testing.assert_close(snip(Target(path, 1), x), batched)
 
 
 def test_images_of_opposite_effect_do_not_cancel():
     net = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False)).eval().requires_grad_(False)
     path, x = pathway(net, "0", (1, 1)), torch.rand(1, 3, 1, 1)
     for score in (snip, taylor, actgrad):
-        one, both = (score(path, 0, images)["0.weight"] for images in (x, torch.cat([x, -x])))
+        one, both = (score(Target(path, 0), images) for images in (x, torch.cat([x, -x])))
         torch.testing.assert_close(both, 2*one)
         assert (one > 0).all()
 
@@ -254,8 +262,9 @@ def held_in_layer(module, into, out, slope, rows, per):
 def test_actgrad_against_maps_held_by_hand(name, per):
     path, _ = network(name)
     path, x = whole(path), torch.randn(3, *path.size)
-    found, expected = actgrad(path, 1, x, per, batch=2), held(path, 1, x, per)
-    for n, scores in found.items():
+    target = Target(path, 1, per)
+    found, expected = actgrad(target, x, batch=2), held(path, 1, x, per)
+    for n, scores in target.layout.views(found).items():
         torch.testing.assert_close(scores, expected[n.removesuffix(".weight")], rtol=1e-5,
                                    atol=1e-6)
 
@@ -265,16 +274,16 @@ def test_the_receptive_field_gives_the_scores_of_the_whole_image(per):
     path, _ = network("chain")
     x = torch.randn(3, *path.size)
     assert path.crop(x).numel() < x.numel()
-    torch.testing.assert_close(flat(actgrad(path, 1, path.crop(x), per)),
-                               flat(actgrad(whole(path), 1, x, per)), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(actgrad(Target(path, 1, per), path.crop(x)),
+                               actgrad(Target(whole(path), 1, per), x), rtol=1e-5, atol=1e-7)
 
 
 def test_actgrad_bounds_taylor_in_attention():
     path, x = network("transformer")
-    before = F.linear
-    once, positions = actgrad(path, 1, x), 5
+    target, before, positions = Target(path, 1), F.linear, 5
+    once = target.layout.views(actgrad(target, x))
     assert F.linear is before
-    for name, effect in taylor(path, 1, x).items():
+    for name, effect in target.layout.views(taylor(target, x)).items():
         assert once[name].shape == effect.shape and (once[name] > 0).any()
         assert (effect <= once[name]*positions*1.0001 + 1e-7).all(), name
 
@@ -282,9 +291,9 @@ def test_actgrad_bounds_taylor_in_attention():
 def test_few_channels_at_a_time_is_no_different(monkeypatch):
     from superpos import score
     path, x = network("chain")
-    together, plain = flat(actgrad(path, 1, x)), score._kernel_sums
+    together, plain = actgrad(Target(path, 1), x), score._kernel_sums
     monkeypatch.setattr(score, "_kernel_sums", lambda *args: plain(*args, floats=1))
-    torch.testing.assert_close(flat(actgrad(path, 1, x)), together)
+    torch.testing.assert_close(actgrad(Target(path, 1), x), together)
 
 
 # ---- FORCE and Iter-SNIP
@@ -302,10 +311,11 @@ def gate():
 def test_force_revives_what_iter_snip_does_not():
     path, x = gate()
     a = 5  # second filter, third channel
-    first = keep_top(flat(snip(path, 0, x)), force_schedule(8, 2, 6)[0]/8)
-    revived, stayed = (keep_top(flat(score(path, 0, x, keep=.25, rounds=6)), .25)
+    target = Target(path, 0)
+    first = keep_top(snip(target, x), force_schedule(8, 2, 6)[0]/8)
+    revived, stayed = (keep_top(score(target, x, keep=.25, rounds=6), .25)
                        for score in (force, iter_snip))
-    assert flat(snip(path, 0, x))[a] == 0 and not first[a]
+    assert snip(target, x)[a] == 0 and not first[a]
     assert revived[a] and not stayed[a] and revived.sum() == stayed.sum() == 2
 
 
@@ -320,7 +330,7 @@ def test_the_mask_gradient_is_taken_where_the_mask_is_zero():
     slopes = torch.autograd.functional.jacobian(lambda m: path(x, masked(m), 0), closed)
     slopes = slopes.abs().sum(0)
     from superpos.score import _snip
-    torch.testing.assert_close(flat(_snip(path, 0, x, "weight", weights, masked(closed))), slopes)
+    torch.testing.assert_close(_snip(Target(path, 0, "weight"), x, masked(closed)), slopes)
     assert slopes[4:6].min() > 0
 
 
@@ -340,14 +350,14 @@ def test_exact_counts(score, keep):
     path = pathway(SmallAlexNet(width=16).eval(), "features.6", (32, 32))
     x = path.crop(torch.rand(2, 3, 32, 32))
     sized = dict(keep=keep) if score in ("force", "iter_snip") else {}
-    scores = flat(with_images[score](path, 1, x, **sized, per="weight"))
+    scores = with_images[score](Target(path, 1, "weight"), x, **sized)
     mask = keep_top(scores, keep)
     assert mask.sum() == round(keep*len(scores)) and scores[mask].min() >= scores[~mask].max()
 
 
 def test_iterated_snip_only_shrinks():
     path, x = network("residual")
-    scores, count = flat(iter_snip(path, 1, x, .2, "weight", 5)), force_schedule(756, 151, 5)
+    scores, count = iter_snip(Target(path, 1, "weight"), x, .2, 5), force_schedule(756, 151, 5)
     assert (scores >= 0).sum() == count[-2] and (scores == -1).sum() == 756 - count[-2]
 
 
@@ -360,12 +370,11 @@ def test_large_networks(name, layer):
     torch.manual_seed(0)
     path = pathway(load_model(name), layer)
     x, before = path.crop(torch.rand(2, 3, 224, 224)), fingerprint(path.model)
-    shapes = [part_means(w, "kernel").shape for w in relevant_weights(path, 9).values()]
+    target = Target(path, 9)
     for score in with_images.values():
-        found = score(path, 9, x, **(dict(rounds=2) if score in (force, iter_snip) else {}))
-        assert [s.shape for s in found.values()] == shapes
-        assert flat(found).isfinite().all()
-        assert (flat(found) > 0).float().mean() > .03
+        found = score(target, x, **(dict(rounds=2) if score in (force, iter_snip) else {}))
+        assert found.shape == (len(target),) and found.isfinite().all()
+        assert (found > 0).float().mean() > .03
     assert fingerprint(path.model) == before
 
 
@@ -375,34 +384,36 @@ def test_large_networks(name, layer):
 def test_small_networks_at_every_granularity(name, score, per):
     path, x = network(name)
     sized = dict(keep=.5) if score in ("force", "iter_snip") else {}
-    found = with_images[score](path, 1, x, per=per, **sized)
+    found = with_images[score](target := Target(path, 1, per), x, **sized)
     shapes = {n: part_means(w, per).shape for n, w in relevant_weights(path, 1).items()}
-    assert {n: s.shape for n, s in found.items()} == shapes
-    assert flat(found).isfinite().all() and not any(s.requires_grad for s in found.values())
+    assert {n: s.shape for n, s in target.layout.views(found).items()} == shapes
+    assert found.isfinite().all() and not found.requires_grad
 
 
 @pytest.mark.parametrize("call,message", [
-    (lambda path, x: snip(path, 1, x[:0]), "at least one reference image"),
-    (lambda path, x: actgrad(path, 1, x[:0]), "at least one reference image"),
-    (lambda path, x: taylor(path, 1, x, "pixel"), "got 'pixel'"),
-    (lambda path, x: magnitude(path, 1, "pixel"), "got 'pixel'"),
-    (lambda path, x: force(path, 1, x, 0), "got 0"),
-    (lambda path, x: force(path, 1, x, 1.5), "got 1.5"),
-    (lambda path, x: iter_snip(path, 1, x, 1e-6), "keeps nothing"),
-    (lambda path, x: force(path, 1, x, rounds=0), "rounds must be at least 1, got 0"),
-    (lambda path, x: force_schedule(5, 6), "kept must be in 1..5, got 6"),
-    (lambda path, x: force(path, 1, x*torch.nan), "scores are NaN"),
-    (lambda path, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
-    (lambda path, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 .* are NaN or infinite"),
-    (lambda path, x: snip(path, 1, x[..., :-1]), "takes crops of")])
+    (lambda target, x: snip(target, x[:0]), "at least one reference image"),
+    (lambda target, x: actgrad(target, x[:0]), "at least one reference image"),
+    (lambda target, x: taylor(Target(target.path, 1, "pixel"), x), "got 'pixel'"),
+    (lambda target, x: magnitude(Target(target.path, 1, "pixel")), "got 'pixel'"),
+    (lambda target, x: force(target, x, 0), "got 0"),
+    (lambda target, x: force(target, x, 1.5), "got 1.5"),
+    (lambda target, x: iter_snip(target, x, 1e-6), "keeps nothing"),
+    (lambda target, x: force(target, x, rounds=0), "rounds must be at least 1, got 0"),
+    (lambda target, x: force_schedule(5, 6), "kept must be in 1..5, got 6"),
+    (lambda target, x: force(target, x*torch.nan), "scores are NaN"),
+    (lambda target, x: keep_top(torch.tensor([1., torch.nan]), .5), "1 of 2 scores are NaN"),
+    (lambda target, x: keep_top(torch.tensor([1., torch.inf]), .5), "1 of 2 .* NaN or infinite"),
+    (lambda target, x: snip(target, x[..., :-1]), "takes crops of")])
 def test_bad_input_is_refused(call, message):
-    with pytest.raises(ValueError, match=message): call(*network("chain"))
+    with pytest.raises(ValueError, match=message):
+        path, x = network("chain")
+        call(Target(path, 1), x)
 
 
 def test_a_collapse_is_named():
     path, x = network("residual")
     with pytest.raises(RuntimeError, match="nothing that is left reaches stages.1.conv2:1"):
-        force(path, 1, x, .05, "filter")
+        force(Target(path, 1, "filter"), x, .05)
 
 
 def test_ties_keep_the_first():

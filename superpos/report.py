@@ -298,9 +298,9 @@ _in_a_table = (
     "small group counts for little. p: of a single group; q: the same, corrected for the number of "
     "units. apart: how far the parts of the best cut in two lie apart, in their deviations. bound: "
     "the smallest share of the strongest images that, with another meaning, would have been seen "
-    "with power 0.8. stability: 1 if a cut in two comes out the same in every bootstrap sample. share: of "
-    "the variance that lies between the groups. mean, deviation: of the unit's values over all "
-    "images.")
+    "with power 0.8. stability: 1 if a cut in two comes out the same in every bootstrap sample. "
+    "share: of the variance that lies between the groups. mean, deviation: of the unit's values "
+    "over all images.")
 
 # %% ../nbs/59_report.ipynb #59e73f1a
 def _unit_parts(found, pictures, unit: int, crop) -> list:

@@ -19,6 +19,8 @@ from superpos.report import (
     Groups,
     Picture,
     _answer,
+    _could_be_missed,
+    _overview,
     as_text,
     control_units,
     digits,
@@ -118,6 +120,19 @@ def test_what_is_not_shown_is_not_denied(several, words):
     found = Dissection(pd.DataFrame(dict(name=["a:0", "a:1"])), dict(layer="a", level=.05))
     said = _answer(found, several, 100)
     assert words in said and ("the others are not shown to" in said) == (several == 1)
+
+
+def test_the_overview_is_sorted_by_p_and_shows_the_effect():
+    table = pd.DataFrame(dict(p=[.5, .001, np.nan, .2, .001], apart=[3., 5, np.nan, 2, 7],
+                              bound=[.2, .1, np.nan, .3, .1]))
+    several = table.loc[[1, 4]]
+    picture = _overview(table, several, .05)
+    for ax, expected in zip(picture.figure.axes, ([.001, .001, .2, .5], [7, 5, 2, 3])):
+        places, heights = np.concatenate([dots.get_offsets() for dots in ax.collections]).T
+        assert places.tolist() == [1, 2, 3, 4] and heights.tolist() == expected
+    plt.close(picture.figure)
+    assert "Of the 3 others, 1 would have shown" in _could_be_missed(table.drop(several.index))
+    assert _could_be_missed(table.head(0)) == ""
 
 
 @pytest.fixture(scope="module")

@@ -303,8 +303,8 @@ def do_dissect(
     size: AtLeast0 = 0,  # scale images and cut out a square of so many pixels; 0: as they are
     prepare: str = "",  # inputs made of bytes: as for imagenet, or plain (0..1), or module:function
     units: str = "",  # which units, such as 0,5,7-9; all if nothing is said
-    at: Literal["centre", "strongest", "maximum", "mean"] = "centre",  # where in a unit's map
-    by: Literal["values", "direction", "attributions"] = "values",  # what images are compared by
+    at: Literal["maximum", "strongest", "centre", "mean"] = "maximum",  # where in a unit's map
+    by: Literal["direction", "values", "attributions"] = "direction",  # compared by what
     k: AtLeast1 = 100,  # strongest images of each unit, at most
     level: float = .05,  # of the test for more than one group
     nulls: AtLeast1 | None = None,  # simulated single groups for each test; by default enough for q
@@ -530,7 +530,7 @@ def do_circuit(
     The two largest groups of a dissected unit:
 
         superpos dissect --model my.module:build --weights w.safetensors \\
-            --layer conv4 --images photos
+            --layer conv4 --images photos --at centre
         superpos circuit --dissection dissection --unit conv4:10
 
     Two folders of images, by a score instead of training:

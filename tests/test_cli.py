@@ -55,7 +55,9 @@ def halves(x): return x/2
 def brightness(x): return x.float().mean(1, keepdim=True)/255
 def lost(x): return x.nowhere
 """
-dissect = "dissect --model tiny:build --layer 4 --images photos --k 40 --nulls 19 --show 2"
+dissect = ("dissect --model tiny:build --layer 4 --images photos --k 40 --nulls 19 --show 2 "
+           "--at centre --by values")
+sources = os.environ.get("SUPERPOS_DATA", "")
 folders = "--own photos/red --other photos/blue --background photos/green"
 
 
@@ -393,7 +395,8 @@ def test_one_channel(said, place):
 
 
 def test_units_at_their_strongest_place_by_direction(said, place):
-    line = f"{dissect.replace(' --nulls 19', '')} --at strongest --by direction --units 0,1"
+    line = ("dissect --model tiny:build --layer 4 --images photos --k 40 --show 2 --at strongest "
+            "--units 0,1")
     code, out, err = said(f"{line} --out strongest --json")
     assert code == 0 and len(json.loads(out)["table"]) == 2, err
     assert "places" not in pd.read_csv(place/"strongest"/"units.csv")
@@ -401,6 +404,19 @@ def test_units_at_their_strongest_place_by_direction(said, place):
     assert "at = strongest" in told and "nulls = 199" in told and "smallest q" in told
     code, _, err = said("circuit --unit 4:0 --dissection strongest")
     assert code == 1 and "looks at the strongest of a unit's map" in err
+
+
+@pytest.mark.skipif(not sources, reason="needs AlexNet's weights and photographs of ImageNet")
+def test_units_known_to_be_double_are_found_by_default(said):
+    "Hamblin et al. publish the images of units 9 and 161; the other four are drawn by lot."
+    code, out, err = said("dissect --model alexnet --layer features.10 --size 224 --show 2 --json "
+                          f"--weights {sources}/weights/alexnet_features.safetensors "
+                          f"--images {sources}/imagenet-samples --units 9,11,77,140,161,200 "
+                          "--out known")
+    assert code == 0, err
+    table = pd.DataFrame(json.loads(out)["table"]).set_index("name")
+    for unit in ("features.10:9", "features.10:161"):
+        assert table.groups[unit] > 1 and table.q[unit] <= .05
 
 
 def test_a_report_does_not_say_that_there_are_none(said, place):

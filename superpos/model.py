@@ -20,7 +20,6 @@ from pathlib import Path
 # %% ../nbs/04_model.ipynb #dc81311e
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 # %% ../nbs/04_model.ipynb #233ffcbb
@@ -72,9 +71,7 @@ class Widen(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         "(N, inputs, H, W) to (N, outputs, H/stride, W/stride)."
-        x = F.max_pool2d(x, 1, self.stride)
-        empty = torch.zeros(x.shape[0], self.empty, *x.shape[2:], dtype=x.dtype, device=x.device)
-        return torch.cat([empty, x, empty], 1)
+        return F.pad(F.max_pool2d(x, 1, self.stride), (0, 0, 0, 0, self.empty, self.empty))
 
 class Block(nn.Module):
     "Two convolutions and a way around them."
@@ -223,6 +220,7 @@ def _build(name: str, weights: str | None) -> nn.Module:
     if found := re.fullmatch(r"resnet(\d+)_cifar10", name):
         if weights is None: return CifarResNet(int(found[1]))
         raise ValueError(f"there are no weights '{weights}' for {name}; name a file of weights")
+    import torchvision
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "resnet20_cifar10"], cutoff=.3)

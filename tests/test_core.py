@@ -416,3 +416,15 @@ def test_intervals_cover_what_they_promise():
     assert share_interval(np.ones((2, 3), bool)) == share_interval(6, 6)
     for wrong in ([1.], [[1., 2.]]):
         with pytest.raises(ValueError, match="at least two values"): mean_interval(wrong)
+
+
+def test_modules_that_need_no_torchvision_do_not_import_it():
+    "`optvis` encodes JPEGs by it; all others import it where they use it."
+    names = sorted(p.stem for p in Path(core.__file__).parent.glob("[!_]*.py"))
+    code = ("import importlib, sys\n"
+            f"for name in {[n for n in names if n != 'optvis']}:\n"
+            "    importlib.import_module(f'superpos.{name}')\n"
+            "    assert 'torchvision' not in sys.modules, name\n")
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=os.environ | dict(PYTHONPATH=str(Path(core.__file__).parent.parent)))
+    assert ran.returncode == 0, ran.stderr

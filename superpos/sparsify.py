@@ -370,7 +370,8 @@ class _Last:
     def __init__(self): self.key = self.value = None
 
     def __call__(self, key, make: Callable):
-        if self.key != key or not isinstance(key, int): self.key, self.value = key, make()
+        if not isinstance(key, int): return make()
+        if self.key != key: self.key, self.value = key, make()
         return self.value
 
 def _in_step(trainings: Sequence[Iterator]) -> list[Learned]:

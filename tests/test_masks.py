@@ -208,12 +208,13 @@ def test_masks_under_autocast():
     torch.testing.assert_close(rough.float(), exact, rtol=.03, atol=0)
     torch.testing.assert_close(found, wanted, rtol=.1, atol=.02*wanted.abs().max().item())
 
-def a_step(recipe, steps=20, device="cpu"):
-    "The shipped step of a training, its logits and its trace."
+def a_step(recipe, device="cpu", told=False):
+    "The shipped step of a training, its logits and its trace; `told` its number by tensors."
     net, _ = two_in_one(0)
     target, groups = Target.of(net.to(device), "4:0", (7, 7)), [x.to(device) for x in images(0)]
     reference = training._reference(target, groups, [target.respond(x) for x in groups])
     form = training._Exact(recipe, len(target), device)
+    if told: form.counts = torch.as_tensor(form.counts)
     logits = torch.zeros(len(target), device=device, requires_grad=True)
     trace = torch.zeros(form.most, 3, device=device)
     mean = target.replacement(groups[2], mean=True) if recipe.ablation == "mean" else None
@@ -232,21 +233,20 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("ablation", ablations)
 def test_nothing_in_a_step_waits_for_a_value(ablation):
-    step, logits, trace = a_step(Recipe(keep=.3, steps=20, ablation=ablation))
+    step, logits, trace = a_step(Recipe(keep=.3, steps=20, ablation=ablation), told=True)
     with Reads() as reads: torch.ones(1).item()
     assert reads.found
-    step(0)
-    with Reads() as reads: step(1)
-    assert not [name for name in reads.found if "_local_scalar_dense" not in name]
-    assert len(reads.found) <= 2, "Adam counts its own steps on a processor"
+    at = torch.arange(2)
+    step(at[0])
+    with Reads() as reads: step(at[1])
+    # Adam counts its own steps where it is not made for capture, which needs a GPU
+    assert reads.found == ["aten._local_scalar_dense.default"]
     assert logits.abs().sum() > 0 and (trace[:2].abs().sum(1) > 0).all() and not trace[2:].any()
 
 @pytest.mark.parametrize("ablation", ablations)
 def test_a_step_by_a_number_and_by_a_tensor_are_the_same(ablation):
     recipe = Recipe(keep=.3, steps=20, ablation=ablation, reach=.2)
-    (plain, a, seen), (told, b, also) = a_step(recipe), a_step(recipe)
-    form = told.__closure__[told.__code__.co_freevars.index("form")].cell_contents
-    form.counts = torch.tensor(form.counts)
+    (plain, a, seen), (told, b, also) = a_step(recipe), a_step(recipe, told=True)
     for i in range(8): plain(i); told(torch.tensor(i))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     torch.testing.assert_close(seen, also, rtol=1e-5, atol=1e-6)

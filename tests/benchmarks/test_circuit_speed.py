@@ -6,9 +6,9 @@ from scipy import stats
 from turns import interleaved
 
 from superpos.circuit import extract, overlap
-from superpos.field import pathway
-from superpos.mask import Layout, keep_top, respond
 from superpos.model import load_model
+from superpos.score import keep_top
+from superpos.target import Target
 
 
 @pytest.mark.parametrize("per,keep,most",
@@ -17,16 +17,15 @@ from superpos.model import load_model
                           ("kernel", .05, 1.15)])
 def test_extracted_circuits_are_faster(benchmark, per, keep, most):
     torch.manual_seed(0)
-    path = pathway(load_model("alexnet"), "features.10")
-    layout = Layout.of(path, 9, per)
-    parts = [p.flatten() for p in layout.views(torch.rand(len(layout))).values()]
+    target = Target.of(load_model("alexnet"), "features.10:9", per=per)
+    parts = list(torch.rand(len(target)).split(target.layout.sizes))
     # the image's colours, or the unit itself
     if per != "kernel": parts[0 if per == "channel" else -1][:] = 1
     mask = torch.cat([keep_top(p, keep) if len(p) > 3 else p > 0 for p in parts])
-    x = path.crop(torch.randn(8, 3, 224, 224))
-    small = extract(path, 9, mask, layout)
-    torch.testing.assert_close(small(x), respond(path, 9, x, mask, layout), atol=1e-5, rtol=1e-4)
-    plain, fast = interleaved({"masked": lambda: respond(path, 9, x, mask, layout),
+    x = target.path.crop(torch.randn(8, 3, 224, 224))
+    small = extract(target, mask)
+    torch.testing.assert_close(small(x), target.respond(x, mask), atol=1e-5, rtol=1e-4)
+    plain, fast = interleaved({"masked": lambda: target.respond(x, mask),
                                "extracted": lambda: small(x)}).values()
     benchmark.extra_info.update(keep=keep, per=per, ratio=round(fast/plain, 3))
     print(f" {per}s, {keep:.1%} of each layer kept: {fast/plain:.2f} of the masked network's time",
@@ -37,7 +36,7 @@ def test_extracted_circuits_are_faster(benchmark, per, keep, most):
 
 def test_overlap_of_two_circuits(benchmark):
     "Probabilities from the ratios of neighbours, without zeros, against all of scipy's."
-    layout = Layout.of(pathway(load_model("alexnet"), "features.10"), 9)
+    layout = Target.of(load_model("alexnet"), "features.10:9").layout
     g = torch.Generator().manual_seed(0)
     a, b = (torch.rand(len(layout), generator=g) < .05 for _ in range(2))
     def plain():

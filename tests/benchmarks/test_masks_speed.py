@@ -12,19 +12,19 @@ from PIL import Image
 from turns import interleaved
 
 from superpos import sparsify as training
-from superpos.field import pathway
-from superpos.mask import Layout, mean_replacement, respond, soft_mask
-from superpos.score import relevant_weights
+from superpos.mask import soft_mask
 from superpos.sparsify import Recipe, sparsify, sparsify_many
+from superpos.target import Target, ablations
 
 
 @pytest.fixture(scope="module")
 def setting():
     torch.manual_seed(0)
     model = torchvision.models.alexnet(weights=None).eval().requires_grad_(False)
-    path = pathway(model, "features.10")
-    crops = path.crop(torch.randn(56, 3, 224, 224)).contiguous(memory_format=torch.channels_last)
-    return path, crops[:14], crops[14:28], crops[28:]
+    target = Target.of(model, "features.10:9")
+    crops = target.path.crop(torch.randn(56, 3, 224, 224)).contiguous(
+        memory_format=torch.channels_last)
+    return target, crops[:14], crops[14:28], crops[28:]
 
 
 @pytest.fixture(params=sorted({1, os.cpu_count()}), ids=lambda n: f"{n} threads")
@@ -37,28 +37,23 @@ def threads(request):
 
 def test_a_step_under_each_ablation(benchmark, setting):
     "On one thread, with as many images as a step of the recipe has."
-    path, *groups = setting
+    target, *groups = setting
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    reference = training._reference(path, 9, groups, [respond(path, 9, x) for x in groups])
+    reference = training._reference(target, groups, [target.respond(x) for x in groups])
     def train(ablation, steps=6):
         recipe = Recipe(keep=.05, steps=steps, ablation=ablation, patience=0)
-        weights, layout = relevant_weights(path, 9), Layout.of(path, 9)
-        form, logits = training._Exact(recipe, len(layout)), torch.zeros(len(layout))
+        form, logits = training._Exact(recipe, len(target)), torch.zeros(len(target))
         logits.requires_grad_()
-        adam = training.optimisers["adam"](logits, .05)
-        batches = training._batches(reference, recipe, steps)
-        mean = mean_replacement(path, 9, groups[2]) if ablation == "mean" else None
-        def run():
-            for step in range(steps):
-                mask, _ = form.during(logits, step)
-                loss = training._loss(path, 9, reference, [b[step] for b in batches],
-                                      layout.apply(mask, weights), "preserve", mean)
-                adam.zero_grad(); loss.backward(); adam.step()
-        return run
-    try: seconds = interleaved({name: train(name) for name in training.ablations}, 5)
+        mean = target.replacement(groups[2], mean=True) if ablation == "mean" else None
+        step = training._step(target, reference, recipe, form, logits,
+                              training.optimisers["adam"](logits, .05),
+                              torch.zeros(form.most, 3), mean, training._doubts(target)[0],
+                              training._Last())
+        return lambda: [step(i) for i in range(steps)]
+    try: seconds = interleaved({name: train(name) for name in ablations}, 5)
     finally: torch.set_num_threads(threads)
-    for name, most in dict(mean=1.1, resample=1.7).items():
+    for name, most in dict(mean=1.1, resample=1.7, adversarial=4.).items():
         ratio = seconds[name]/seconds["zero"]
         benchmark.extra_info[name] = f"{ratio:.2f} of a step under zero ablation"
         print(f"\n  a step under {name} ablation: {benchmark.extra_info[name]}", end="")
@@ -68,11 +63,11 @@ def test_a_step_under_each_ablation(benchmark, setting):
 
 def test_eight_masks_in_one_job(benchmark, setting, threads):
     "560 images for a hundred steps, as in a study; on several threads masks train side by side."
-    path, own, other, background = setting
+    target, own, other, background = setting
     runs = [dict(keep=keep, seed=seed, steps=10) for keep in (.02, .05) for seed in range(4)]
     found = {}
-    def eight(): found["eight"] = [sparsify(path, 9, own, other, background, **run) for run in runs]
-    def one(): found["one"] = sparsify_many(path, 9, [own, other], background, runs)
+    def eight(): found["eight"] = [sparsify(target, own, other, background, **run) for run in runs]
+    def one(): found["one"] = sparsify_many(target, [own, other], background, runs)
     seconds = interleaved({"eight jobs": eight, "one job": one}, 3)
     for a, b in zip(found["eight"], found["one"]):
         assert (torch.equal(a.mask, b.mask) if threads == 1
@@ -114,12 +109,10 @@ def test_eight_masks_by_one_command(benchmark, tmp_path):
     assert one < eight
 
 def test_masks_in_turn_against_grouped_convolutions(benchmark, setting):
-    path, own, other, background = setting
-    layout = Layout.of(path, 9)
-    weights = relevant_weights(path, 9)
+    target, own, other, background = setting
     x = torch.cat([own, other, background])[:40]
-    logits = torch.randn(8, len(layout), requires_grad=True)
-    response = lambda row: path(x, layout.apply(soft_mask(row, 1.), weights), 9)
+    logits = torch.randn(8, len(target), requires_grad=True)
+    response = lambda row: target(x, soft_mask(row, 1.))
     def in_turn():
         return torch.stack([torch.autograd.grad(response(row).sum(), logits)[0].sum(0)
                             for row in logits]).sum(0)

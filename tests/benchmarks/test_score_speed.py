@@ -6,8 +6,8 @@ import torchvision
 from torch.profiler import ProfilerActivity, profile
 from turns import interleaved
 
-from superpos.field import pathway
-from superpos.score import actgrad, relevant_weights
+from superpos.score import actgrad
+from superpos.target import Target
 
 unit, layers = 9, [0, 3, 6, 8, 10]
 
@@ -16,7 +16,7 @@ unit, layers = 9, [0, 3, 6, 8, 10]
 def setting():
     torch.manual_seed(0)
     model = torchvision.models.alexnet(weights=None).eval().requires_grad_(False)
-    return model, pathway(model, "features.10"), torch.randn(4, 3, 224, 224)
+    return model, Target.of(model, f"features.10:{unit}"), torch.randn(4, 3, 224, 224)
 
 
 def hold_all(model, x):
@@ -49,12 +49,12 @@ def peak(way):
 
 
 def test_actgrad_by_kernel(benchmark, setting):
-    model, path, x = setting
+    model, target, x = setting
     ways = {"all kernel maps held": lambda: hold_all(model, x),
-            "a few channels at a time": lambda: actgrad(path, unit, path.crop(x))}
+            "a few channels at a time": lambda: actgrad(target, target.path.crop(x))}
     plain, ours = (way() for way in ways.values())
-    for name in relevant_weights(path, unit):
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-3, atol=1e-9)
+    for name, scores in target.layout.views(ours).items():
+        torch.testing.assert_close(scores, plain[name], rtol=1e-3, atol=1e-9)
     seconds = interleaved(ways, 3)
     faster = seconds["all kernel maps held"]/seconds["a few channels at a time"]
     memory = {name: peak(way) for name, way in ways.items()}

@@ -107,7 +107,7 @@ def layer_maps(
 
 def choose_pairs(
     maps: torch.Tensor,  # the layer's values, (N, units, rows, columns)
-    count: int,  # how many pairs
+    count: int | None = None,  # how many pairs; all there are by default
     correlation: tuple[float, float] = (-.3, .3),  # of the two, within this range
     seed: int = 0,  # of the choice
 ) -> list[tuple[int, int]]:
@@ -115,6 +115,7 @@ def choose_pairs(
     found = np.corrcoef(maps.transpose(0, 1).flatten(1)[:, ::7].numpy())
     low, high = correlation
     fitting = np.argwhere(np.triu((found >= low) & (found <= high), 1))
+    count = len(fitting) if count is None else count
     if len(fitting) < count:
         raise ValueError(f"{len(fitting)} pairs are correlated by {low} to {high}, asked for are "
                          f"{count}; widen the range")

@@ -20,7 +20,9 @@ from superpos.cluster import (
     exemplars,
     find_groups,
     hdbscan_groups,
+    nonsense_p,
     separation,
+    unit_separation,
 )
 from superpos.cluster import test_groups as groups_test
 from superpos.model import ResNet8, SmallAlexNet, imagenet_input, layer_outputs
@@ -102,11 +104,21 @@ def test_by_separation_lengths_do_not_hide_groups():
     assert by_value.p > .05 and by_way.stability > .95
     assert by_way.statistic == pytest.approx(sum(separation(directions(v))[0]
                                                  for v in (X, X.clip(0))))
+    assert by_way.statistic == unit_separation(X)[0] == unit_separation(X[None])[0][0]
     found = find_groups(X, nulls=99, by="separation")
     assert found.count == 2 and adjusted_rand_score(member, found.labels) > .95
     assert found.share == pytest.approx(by_way.share)
     with pytest.raises(ValueError, match="by is 'dip' or 'separation', got 'cosine'"):
         groups_test(X, by="cosine")
+
+
+def test_nonsense_is_called_double_no_more_often_than_stated():
+    rng = np.random.default_rng(0)
+    ps = [nonsense_p(found, shuffled, ways) for found, shuffled, ways in
+          ((rng.gamma(2), rng.gamma(2, size=64), rng.gamma(2, size=40)) for _ in range(1000))]
+    for level in (.05, .2):
+        assert stats.binomtest(sum(p <= level for p in ps), 1000, level, "greater").pvalue > .01
+    assert nonsense_p(9, [1, 2], [1, 2, 3]) == 1/3 and nonsense_p(2, [1, 2, 3]) == 3/4
 
 
 def test_by_separation_single_clouds_are_called_double_as_often_as_they_should():

@@ -17,8 +17,8 @@ from superpos.graft import (
     strongest_places,
     two_groups,
 )
-from superpos.mask import Layout, respond
 from superpos.model import CifarResNet, layer_outputs
+from superpos.target import Target
 
 
 def network(bias=True, stride=1):
@@ -96,9 +96,9 @@ def test_grafts_are_cropped_masked_and_dissected_as_units_are(kind):
     assert way.exact_crop
     whole = values(made, x, unit.layer)[:, unit.index, 6, 6]
     torch.testing.assert_close(way(way.crop(x), unit=unit.index), whole)
-    layout = Layout.of(way, unit.index)
-    every = torch.ones(len(layout), dtype=torch.bool)
-    torch.testing.assert_close(respond(way, unit.index, way.crop(x), every, layout), whole)
+    target = Target(way, unit.index)
+    every = torch.ones(len(target), dtype=torch.bool)
+    torch.testing.assert_close(target.respond(way.crop(x), every), whole)
     pictures = list((x*40 + 128).clamp(0, 255).byte())
     table = dissect(made, unit.layer, pictures, units=[unit.index], k=40, nulls=19,
                     prepare=lambda b: (b.float() - 128)/40).table
@@ -143,6 +143,8 @@ def test_pairs_are_correlated_as_asked():
     found = np.corrcoef(maps.transpose(0, 1).flatten(1).numpy())
     same = choose_pairs(maps, 3, (.6, 1))
     assert sorted(sorted(p) for p in same) == [[0, 3], [1, 4], [2, 5]]
+    assert choose_pairs(maps, None, (.6, 1)) == same and not choose_pairs(maps, None, (.999, 1))
+    with pytest.raises(ValueError, match="3 pairs are correlated"): choose_pairs(maps, 4, (.6, 1))
     assert all(abs(found[a, b]) < .3 for a, b in choose_pairs(maps, 8, (-.3, .3)))
     assert choose_pairs(maps, 8, seed=1) == choose_pairs(maps, 8, seed=1) != choose_pairs(maps, 8)
 

@@ -576,11 +576,12 @@ class Method:
         given = dict(own=own, other=other, background=background, keep=keep)
         return self.call(target, *(given[name] for name in self.needs), **settings)
 
-_trained = dict(needs=("own", "other", "background", "keep"),
-                takes=("objective", "steps", "seed", "ablation", "resume", "every"))
-_priced = dict(needs=("own", "other", "background"), takes=("penalty", *_trained["takes"]))
+_groups = "own", "other", "background"
+_settings = "steps", "seed", "ablation", "resume", "every"
+_trained = dict(needs=(*_groups, "keep"), takes=_settings)
+_priced = dict(needs=_groups, takes=("penalty", *_settings))
 methods = dict(
-    learned=Method("CS, preserve", sparsify, **_trained),
+    learned=Method("CS, preserve", sparsify, (*_groups, "keep"), ("objective", *_settings)),
     separate=Method("CS, separate", functools.partial(sparsify, objective="separate"),
                     **_trained),
     free=Method("CS, free", functools.partial(sparsify_free, penalty=1e-3), **_priced),

@@ -24,6 +24,8 @@ from superpos.circuit import Circuit
 from superpos.cli import main
 from superpos.data import shapes
 from superpos.learn import Plan
+from superpos.sparsify import methods
+from superpos.target import ablations
 from superpos.toy import Toy
 
 net = """import torch
@@ -431,18 +433,30 @@ def test_another_dissection_is_not_taken_for_this_one(said, dissected):
     assert code == 1 and "nulls = 19, asked for is 59" in err
 
 
-@pytest.mark.parametrize("method", ["learned", "snip", "magnitude", "force"])
+def test_every_method_and_ablation_has_its_word():
+    assert typing.get_args(cli.Method) == tuple(methods)
+    assert typing.get_args(cli.Ablation) == ablations
+    taken = {name for method in methods.values() for name in method.takes}
+    assert {"objective", "steps", "seed", "ablation"} <= taken
+
+
+@pytest.mark.parametrize("method", ["learned", "separate", "snip", "magnitude", "force"])
 def test_circuit_writes_a_folder(said, place, method):
     out = f"circuit-{method}"
     code, printed, _ = said(f"circuit --unit 4:1 --model tiny:build {folders} --keep 0.3 --steps "
-                            f"12 --controls 2 --method {method} --out {out} --json")
-    found = json.loads(printed)
+                            f"12 --controls 2 --method {method} --ablation mean --out {out} --json")
+    found, about = json.loads(printed), json.loads((place/out/"summary.json").read_text())
+    learned = dict(ablation="mean", steps=12) if method in ("learned", "separate") else {}
+    objective = dict(objective="preserve") if method == "learned" else {}
+    assert about["settings"] == dict(keep=.3, per="kernel", seed=0) | learned | objective
     assert code == 0 and found["groups"] == ["red", "blue"]
     assert abs(found["keep"] - .3) < .01 and len(found["controls"]) == 2
     assert 1 not in found["controls"]
     check_report(place/out/"report.html")
     cards = pd.read_csv(place/out/"cards.csv")
-    assert {"whole network", "circuit", "circuit, mean", "complement", "random"} <= {*cards.test}
+    assert {"whole network", "circuit", *(f"circuit, {a}" for a in ablations[1:]), "complement",
+            "random"} == {*cards.test}
+    assert "faithful: it" in check_report(place/out/"report.html").text
     assert {*cards.group} == {"red", "blue"}
     module = cli._network("tiny:build", "")
     kept = Circuit.load(place/out/"red.safetensors", module)

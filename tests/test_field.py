@@ -1,4 +1,8 @@
 "One unit from its pixels alone and in the whole network; receptive fields against gradients."
+import dataclasses
+import pickle
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +13,7 @@ from torch import nn
 
 from superpos.data import MissingData, find_data
 from superpos.field import Axis, Field, effective_field, pathway, receptive_field
-from superpos.model import ResNet8, layer_outputs, load_model
+from superpos.model import CifarResNet, ResNet8, find_layer, layer_outputs, load_model
 
 alexnet_layers = ["features.0", "features.3", "features.6", "features.8", "features.10"]
 
@@ -44,16 +48,6 @@ def test_interior_crop_is_the_receptive_field():
     path = pathway(model, "features.10")
     assert (path.window == receptive_field(model, "features.10").window(path.position)
             == ((30, 193), (30, 193)))
-
-
-def test_resnet_falls_back_and_is_exact():
-    model, x = torchvision.models.resnet18(weights=None).eval(), torch.randn(2, 3, 64, 64)
-    path = pathway(model, "layer2.0.conv2", (64, 64))
-    assert not path.exact_crop and "join" in path.why
-    row, column = path.position
-    torch.testing.assert_close(path(path.crop(x), unit=5),
-                               layer_outputs(model, ["layer2.0.conv2"],
-                                             x)["layer2.0.conv2"][:, 5, row, column])
 
 
 def test_resnet_before_its_first_branch_is_cropped():
@@ -351,3 +345,219 @@ def test_a_unit_without_a_gradient_is_named():
     nn.init.zeros_(model[0].weight)
     with pytest.raises(ValueError, match="0:1 has no gradient"):
         effective_field(model, "0:1", torch.rand(1, 3, 5, 5))
+
+
+# ---- branches: only what the window needs, exactly
+
+def small_convnext():
+    block = torchvision.models.convnext.CNBlockConfig
+    return torchvision.models.ConvNeXt([block(8, 16, 2), block(16, None, 2)])
+
+
+graphs = {
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None), "layer2.1.conv2", 96),
+    "squeezenet": (lambda: torchvision.models.squeezenet1_0(weights=None),
+                   "features.5.expand3x3", 80),
+    "googlenet": (lambda: torchvision.models.googlenet(weights=None, init_weights=False,
+                                                       transform_input=True),
+                  "inception3b.branch3.1.conv", 96),
+    "inception": (lambda: torchvision.models.inception_v3(weights=None, init_weights=False),
+                  "Mixed_5b.branch3x3dbl_3.conv", 107),
+    "densenet": (lambda: torchvision.models.DenseNet(8, (3, 3), 16), "features.denseblock2."
+                 "denselayer2.conv2", 96),
+    "mobilenet": (lambda: torchvision.models.mobilenet_v2(weights=None), "features.5.conv.0.0", 75),
+    "convnext": (small_convnext, "features.1.1.block.0", 64),
+    "convnext, linear": (small_convnext, "features.3.0.block.3", 96),
+    "cifar": (lambda: CifarResNet(14), "layer2.1.conv2", 32),
+    "own": (ResNet8, "stages.2.conv1", 33)}
+
+
+def at(model, layer, values, position):
+    "A layer's values at a position, whether its channels come second or last."
+    if isinstance(find_layer(model, layer), nn.Linear): return values[:, position[0], position[1]]
+    return values[:, :, position[0], position[1]]
+
+
+def maps_of(model, layer, x):
+    values = layer_outputs(model, [layer], x)[layer]
+    return values, values.shape[1:3] if isinstance(find_layer(model, layer),
+                                                   nn.Linear) else values.shape[2:]
+
+
+@pytest.mark.parametrize("make,layer,size", graphs.values(), ids=graphs)
+def test_windows_of_branching_networks_are_exact(make, layer, size):
+    torch.manual_seed(0)
+    model = make().eval().double().requires_grad_(False)
+    x = torch.rand(2, 3, size, size + 7, dtype=torch.double, requires_grad=True)
+    values, (rows, columns) = maps_of(model, layer, x)
+    for position in ((rows//2, columns//2), (0, 0), (rows - 1, 1), (1, columns - 1)):
+        path = pathway(model, layer, x.shape[2:], position)
+        assert path.cropped and not path.exact_crop and path.share < .9
+        wanted, found = at(model, layer, values, position), path(crop := path.crop(x))
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+        assert torch.equal(path(crop, unit=3), found[:, 3])
+        slope, mine = (torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0]
+                       for y in (wanted, found))
+        torch.testing.assert_close(mine, slope, rtol=1e-6, atol=1e-9*slope.abs().max().item())
+        (top, bottom), (left, right) = path.window
+        slope[..., top:bottom, left:right] = 0
+        assert not slope.any()  # nothing outside the window matters
+
+
+@pytest.mark.parametrize("make,layer,size", [graphs[k] for k in ("resnet18", "densenet", "cifar")])
+def test_the_share_of_the_work_is_what_pytorch_counts(make, layer, size):
+    from torch.utils.flop_counter import FlopCounterMode
+    model, x = make().eval().requires_grad_(False), torch.rand(1, 3, size, size)
+    path, counts = pathway(model, layer, (size, size)), []
+    for way in (lambda: path(path.crop(x)), lambda: layer_outputs(model, [layer], x)):
+        with FlopCounterMode(display=False) as counter: way()
+        counts.append(counter.get_total_flops())
+    assert path.share == pytest.approx(counts[0]/counts[1], rel=1e-9)
+
+
+class Random(nn.Module):
+    "A graph of steps drawn at random; each reads maps of one size."
+    def __init__(self, draw):
+        super().__init__()
+        self.plan, self.layers, sizes = [], nn.ModuleList(), [1]  # strides from the image
+        for _ in range(draw(st.integers(2, 7))):
+            first = draw(st.integers(0, len(sizes) - 1))
+            kind = draw(st.sampled_from(["conv", "down", "pool", "mean", "add", "cat", "relu_"]))
+            alike = [i for i, size in enumerate(sizes) if size == sizes[first]]
+            second, k = draw(st.sampled_from(alike)), draw(st.sampled_from([1, 3, 5]))
+            self.layers.append(dict(conv=nn.Conv2d(3, 3, k, padding=k//2),
+                                    down=nn.Conv2d(3, 3, k, 2, k//2),
+                                    cat=nn.Conv2d(6, 3, 1)).get(kind, nn.Identity()))
+            self.plan.append((kind, first, second))
+            sizes.append(sizes[first]*(1 + (kind == "down")))
+        self.last = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, x):
+        maps = [x]
+        for (kind, first, second), layer in zip(self.plan, self.layers):
+            a, b = maps[first], maps[second]
+            maps.append(layer(a) if kind in ("conv", "down") else layer(torch.cat([a, b], 1))
+                        if kind == "cat" else a + b if kind == "add"
+                        else F.max_pool2d(a, 3, 1, 1) if kind == "pool"
+                        else F.avg_pool2d(a, 3, 1, 1) if kind == "mean"
+                        else torch.relu_(a) if first else F.relu(a))
+        return self.last(maps[-1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_graph(data):
+    torch.manual_seed(0)
+    model = Random(data.draw).eval().double()
+    x = torch.randn(2, 3, 26, 21, dtype=torch.double)
+    whole = layer_outputs(model, ["last"], x)["last"]
+    position = tuple(data.draw(st.integers(0, n - 1)) for n in whole.shape[2:])
+    path = pathway(model, "last", (26, 21), position)
+    assert path.cropped or "of the work" in path.why or "padding" in path.why
+    torch.testing.assert_close(path(path.crop(x)), whole[:, :, position[0], position[1]],
+                               rtol=1e-9, atol=1e-12)
+
+
+def test_given_weights_reach_every_layer_of_a_graph():
+    torch.manual_seed(0)
+    model, x, layer = ResNet8(width=4).eval(), torch.rand(2, 3, 32, 32), "stages.1.conv2"
+    path = pathway(model, layer, (32, 32))
+    weights = {name: t + .1*torch.rand_like(t) for name, t in
+               (*model.named_parameters(), *model.named_buffers()) if t.is_floating_point()}
+    assert path.cropped
+    whole = layer_outputs(model, [layer], x, weights=weights)[layer][:, :, 8, 8]
+    torch.testing.assert_close(path(path.crop(x), weights), whole, rtol=1e-4, atol=1e-5)
+    row = {**weights, f"{layer}.weight": weights[f"{layer}.weight"][2:3]}
+    assert torch.allclose(path(path.crop(x), row, 2), whole[:, 2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_way_through_branches_is_copied_and_run_whole():
+    model, x = ResNet8(width=4).eval(), torch.rand(2, 3, 32, 32)
+    path = pathway(model, "stages.1.conv2", (32, 32))
+    again = pickle.loads(pickle.dumps(path))
+    assert again.cropped and torch.equal(again(path.crop(x)), path(path.crop(x)))
+    whole = dataclasses.replace(path, window=((0, 32), (0, 32)))
+    assert not whole.cropped
+    torch.testing.assert_close(whole(x), path(path.crop(x)), rtol=1e-4, atol=1e-5)
+
+
+class Around(Calls):
+    def forward(self, x): return self.last(self.fn(self.first(x), self))
+
+
+@pytest.mark.parametrize("fn,message", [
+    (lambda y, net: y if y.sum() > 0 else -y, "decides by values"),
+    (lambda y, net: F.conv2d(y, net.first.weight.abs()), "its weights are computed"),
+    (lambda y, net: y + torch.linspace(0, 1, y.shape[3]), "a constant map is joined"),
+    (lambda y, net: y + F.max_pool2d(y, y.shape[2:]), "jumps|different sizes"),
+    (lambda y, net: torch.relu_(y[:, :2]).sum(1, keepdim=True) + y, "'sum' is not"),
+    (lambda y, net: torch.cat([torch.relu_(y[:, :1]), y[:, 1:]], 1), "what others read"),
+    (lambda y, net: F.avg_pool2d(y, 3, 2, 1, True), "pads with depends on the place"),
+    (lambda y, net: F.batch_norm(y, None, None, training=True), "gives other values"),
+    (lambda y, net: y*y.mean((2, 3), keepdim=True), "'mean' is not an operation"),
+    (lambda y, net: F.dropout(y, .5, True), "gives other values")])
+def test_what_cannot_be_cut_is_run_whole(fn, message):
+    torch.manual_seed(0)
+    model, x = Around(fn).eval(), torch.rand(1, 3, 18, 18)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        shape = model(x).shape[2:]
+        path = pathway(model, "last", (18, 18), (shape[0] - 1, shape[1] - 1))
+    assert not path.cropped and path.share == 1 and re.search(message, path.why), path.why
+
+
+def test_what_is_written_in_place_is_read_by_all():
+    "`relu_` changes the map that the sum reads as well."
+    model = Around(lambda y, net: (F.relu(y, inplace=True), y + 1)[1]).eval()
+    nn.init.constant_(model.first.bias, -.2)
+    x = torch.randn(2, 3, 18, 18)
+    path, whole = pathway(model, "last", (18, 18)), layer_outputs(model, ["last"], x)["last"]
+    assert path.cropped
+    torch.testing.assert_close(path(path.crop(x)), whole[:, :, 8, 8])
+    written = Calls(lambda x: x).eval()
+    written.first.register_forward_pre_hook(lambda m, given: given[0].mul_(2))
+    before, path = x.clone(), pathway(written, "last", (18, 18))
+    path(path.crop(x))
+    assert torch.equal(x, before)
+
+
+def test_fields_through_layers_that_move_the_channels():
+    torch.manual_seed(0)
+    model = small_convnext().eval().double()
+    for layer in ("features.1.1.block.0", "features.2.1", "features.3.0.block.0"):
+        x = torch.rand(1, 3, 150, 170, dtype=torch.double, requires_grad=True)
+        values = layer_outputs(model, [layer], x)[layer]
+        for position in ((0, 0), (values.shape[2]//2, values.shape[3]//2)):
+            gradient, = torch.autograd.grad(values[:, :, position[0], position[1]].sum(), x,
+                                            retain_graph=True)
+            for seen, (first, last), n in zip(
+                    (gradient[0].abs().amax((0, d)).nonzero().ravel().tolist() for d in (2, 1)),
+                    receptive_field(model, layer, (150, 170)).window(position), x.shape[2:]):
+                assert seen == list(range(max(0, first), min(n, last)))
+
+
+@pytest.mark.parametrize("fn,message", [
+    (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(3, 16, 1, 1)), "as rows or columns"),
+    (lambda x: F.layer_norm(x, x.shape[1:]), "'layer_norm' is not"),
+    (lambda x: F.softmax(x, 3), "'softmax' is not"),
+    (lambda x: x.permute(1, 0, 2, 3).permute(1, 0, 2, 3), "'permute'"),
+    (lambda x: torch.cat([x, x], 2), "maps beside each other"),
+    (lambda x: x + x.permute(0, 1, 3, 2), "no rows")])
+def test_what_mixes_places_has_no_field(fn, message):
+    with pytest.raises(ValueError, match=message):
+        receptive_field(Calls(fn).eval(), "last", (18, 18))
+
+
+def test_over_channels_the_field_stays():
+    fn = lambda x: F.local_response_norm(F.softmax(x, 1), 2)*x.mean(1, keepdim=True)
+    assert receptive_field(Calls(fn).eval(), "last", (18, 18)) == Field(Axis(3), Axis(3))
+
+
+def test_networks_of_one_channel():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    assert receptive_field(model, "2").rows.size == receptive_field(model, "2", (1, 9, 9)).rows.size
+    x = torch.rand(2, 1, 9, 9)
+    path = pathway(model, "2", (9, 9))
+    assert path.size == (1, 9, 9) == pathway(model, "2", (1, 9, 9)).size
+    torch.testing.assert_close(path(path.crop(x)), model(x)[:, :, 3, 3])

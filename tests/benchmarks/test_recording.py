@@ -9,9 +9,8 @@ from turns import interleaved
 
 from superpos.activation import _advance, _empty, _Read, _Reader
 from superpos.field import pathway
-from superpos.mask import Layout
-from superpos.model import imagenet_input, layer_outputs
-from superpos.score import relevant_weights
+from superpos.model import imagenet_input, layer_outputs, load_model
+from superpos.target import Target
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +22,13 @@ def setting():
     return model, x, path, path.crop(x).contiguous(memory_format=torch.channels_last)
 
 
-def full_model_with_hook(model, x):
+def full_model_with_hook(model, x, layer="features.10", position=(6, 6)):
     kept = []
-    handle = model.features[10].register_forward_hook(lambda module, inputs, value: kept.append(
-        value.clone()))
+    handle = model.get_submodule(layer).register_forward_hook(
+        lambda module, inputs, value: kept.append(value.clone()))
     model(x)
     handle.remove()
-    return kept[0][:, :, 6, 6]
+    return kept[0][:, :, position[0], position[1]]
 
 
 def report(benchmark, seconds, baseline, count):
@@ -55,6 +54,30 @@ def test_recording(benchmark, setting):
     benchmark(ways["receptive field, channels_last"])
 
 
+@pytest.mark.parametrize("name,layer,size", [
+    ("resnet18", "layer1.1.conv2", 224), ("resnet18", "layer2.1.conv2", 224),
+    ("resnet18", "layer3.1.conv2", 224), ("mobilenet_v2", "features.4.conv.2", 224),
+    ("squeezenet1_0", "features.7.expand3x3", 224), ("convnext_tiny", "features.3.1.block.0", 224),
+    ("googlenet", "inception3b.branch3.1.conv", 224),
+    ("densenet121", "features.denseblock2.denselayer12.conv2", 224),
+    ("resnet20_cifar10", "layer2.1.conv1", 32), ("resnet20_cifar10", "layer3.1.conv1", 32)])
+@torch.no_grad()
+def test_recording_through_branches(benchmark, name, layer, size):
+    torch.manual_seed(0)
+    model, x = load_model(name), torch.randn(8, 3, size, size)
+    x = x.contiguous(memory_format=torch.channels_last)
+    path, extractor = pathway(model, layer, (size, size)), create_feature_extractor(model, [layer])
+    ways = {"full model with a hook": lambda: full_model_with_hook(model, x, layer, path.position),
+            "torchvision's extractor": lambda: extractor(x),
+            "pass ended at the layer": lambda: layer_outputs(model, [layer], x),
+            "window": lambda: path(path.crop(x))}
+    torch.testing.assert_close(ways["window"](), ways["full model with a hook"](), rtol=1e-3,
+                               atol=1e-4)
+    print(f"\n  {name} {layer}, {path.share:.0%} of the work; {path.why}", end="")
+    report(benchmark, interleaved(ways, 3), "full model with a hook", len(x))
+    benchmark.pedantic(ways["window"], rounds=1)
+
+
 @pytest.mark.parametrize("at,batches", [("strongest", (8, 64)), ("centre", (16, 64))])
 def test_size_of_a_batch(benchmark, setting, at, batches):
     "Whole images, and windows, as many at a time as a survey takes, against 64."
@@ -71,11 +94,11 @@ def test_size_of_a_batch(benchmark, setting, at, batches):
 
 def test_mask_training_step(benchmark, setting):
     model, x, path, crop = setting
-    layout, weights = Layout.of(path, 9), relevant_weights(path, 9)
-    mask = torch.ones(len(layout), requires_grad=True)
+    target = Target(path, 9)
+    mask = torch.ones(len(target), requires_grad=True)
 
     def dense():
-        masked = {n: w.clone() for n, w in layout.apply(mask, weights).items()}
+        masked = {n: w.clone() for n, w in target.layout.apply(mask, target.weights).items()}
         last = "features.10.weight"
         masked[last] = model.get_parameter(last).index_copy(0, torch.tensor([9]), masked[last])
         return torch.autograd.grad(layer_outputs(model, ["features.10"], x,
@@ -83,7 +106,7 @@ def test_mask_training_step(benchmark, setting):
                                    mask)[0]
 
     def ours():
-        return torch.autograd.grad(path(crop, layout.apply(mask, weights), 9).sum(), mask)[0]
+        return torch.autograd.grad(target(crop, mask).sum(), mask)[0]
     torch.testing.assert_close(ours(), dense(), rtol=1e-3, atol=1e-4)
     report(benchmark, interleaved({"whole image": dense, "receptive field, channels_last": ours},
                                   3), "whole image", len(x))
@@ -96,7 +119,7 @@ def test_survey(benchmark, setting):
     batches = [_Read(values) for values in torch.randn(50, 64, 256)]
     empty = lambda: _empty("features.10", SimpleNamespace(how=""),
                            dict(k=100, images=["random", 50_000], sample=2048, seed=0,
-                                vectors=False), batches[0])
+                                vectors=False), batches[0], range(50_000))
     def keep():
         found = empty()
         for read in batches: found = _advance(found, read)

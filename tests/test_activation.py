@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -17,11 +18,12 @@ from superpos.activation import (
     _batch_size,
     _Reader,
     cut_patches,
+    merge,
     record,
     strongest_patches,
     survey,
 )
-from superpos.field import pathway, receptive_field
+from superpos.field import effective_field, pathway, receptive_field
 from superpos.model import ResNet8, SmallAlexNet, fingerprint, imagenet_input, layer_outputs
 
 
@@ -44,7 +46,7 @@ def test_a_recording_equals_the_whole_pass(kind, layer, position):
     row, column = position or (whole.shape[2]//2, whole.shape[3]//2)
     np.testing.assert_allclose(found.values, whole[:, :, row, column], rtol=1e-4, atol=1e-6)
     assert found.position == (row, column) and found.layer == layer
-    assert ("chain" in found.how) == (kind is SmallAlexNet)
+    assert ("chain" in found.how) == (kind is SmallAlexNet) and "the window is all" in found.how
     assert fingerprint(net) == before and not any(m._forward_hooks for m in net.modules())
 
 def test_the_top_is_sorted_and_ties_keep_their_order():
@@ -82,6 +84,41 @@ def test_a_bad_unit_is_refused_before_any_image_is_read():
                           ("features.6", "names no unit")):
         with pytest.raises(ValueError, match=message):
             strongest_patches(network(SmallAlexNet), unit, Unread([1]))
+
+
+def grey(x): return x.float()/255
+
+
+def test_networks_of_one_channel():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 5, padding=2), torch.nn.ReLU(),
+                              torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 3, 3, padding=1)).eval()
+    images = bytes_of(5, 20, 24)[:, :1]
+    maps = layer_outputs(net, ["3"], grey(images))["3"].detach()
+    found = record(net, "3", images, prepare=grey)
+    np.testing.assert_allclose(found.values, maps[:, :, 5, 6], rtol=1e-4, atol=1e-6)
+    inside = maps[:, :, 2:8, 2:10]
+    strong = survey(net, "3", images, k=5, at="strongest", prepare=grey)
+    torch.testing.assert_close(strong.top_values[1], inside[:, 1].flatten(1).amax(1).sort(
+        descending=True).values, rtol=1e-4, atol=1e-6)
+    patches = strongest_patches(net, "3:1", images, prepare=grey)
+    cut = cut_patches(net, "3", [images[i] for i in strong.top(1, 5)], strong.places(1))
+    assert patches.pixels.shape == (5, 1, 10, 10) and torch.equal(
+        cut, patches.pixels[strong.top(1, 5)])
+
+
+def test_a_linear_layer_over_channels_has_a_map():
+    block = torchvision.models.convnext.CNBlockConfig
+    torch.manual_seed(0)
+    net = torchvision.models.ConvNeXt([block(8, None, 2)]).eval().requires_grad_(False)
+    layer, images = "features.1.0.block.3", bytes_of(4, 64, 72)
+    maps = layer_outputs(net, [layer], imagenet_input(images))[layer].movedim(3, 1)
+    for at, wanted in dict(centre=maps[:, :, 8, 9], mean=maps.mean((2, 3))).items():
+        np.testing.assert_allclose(record(net, layer, images, at=at).values, wanted, rtol=1e-3,
+                                   atol=1e-6)
+    energy = effective_field(net, f"{layer}:30", imagenet_input(images[:1]), (8, 9))
+    (top, bottom), (left, right) = receptive_field(net, layer).window((8, 9))
+    assert energy[top:bottom, left:right].sum() == pytest.approx(1, abs=1e-6)
 
 
 # ---- surveys: bounded memory, resumed after a kill
@@ -287,6 +324,58 @@ found.save("{tmp_path}/final.safetensors")
     assert resumed.seen == 40
     assert all(torch.equal(a, b) for a, b in zip(straight._tensors().values(),
                                                  resumed._tensors().values()))
+
+
+def same(a, b):
+    assert a.asked == b.asked and a.seen == b.seen and a.how == b.how and a.first == b.first
+    for name, tensor in a._tensors().items():
+        if name in ("mean", "deviation"):
+            torch.testing.assert_close(getattr(b, name), tensor, rtol=1e-12, atol=1e-7)
+        else: assert torch.equal(getattr(b, name), tensor), name
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 40), k=st.integers(1, 9), sample=st.integers(1, 50),
+       levels=st.integers(1, 9), data=st.data())
+def test_shards_merge_in_any_order_to_one_pass(n, k, sample, levels, data):
+    rows = torch.randint(levels, (n, 3), generator=torch.Generator().manual_seed(n)).float()
+    parts, net = data.draw(st.integers(1, n)), Table(rows).eval()  # few levels make many ties
+    ask = lambda **other: survey(net, "unit", numbered(n), k=k, sample=sample, batch=4,
+                                 prepare=as_floats, **other)
+    left = [ask(shard=(i, parts)) for i in data.draw(st.permutations(range(1, parts + 1)))]
+    while len(left) > 1:
+        count = data.draw(st.integers(2, len(left)))
+        some, left = merge(left[:count]), left[count:]
+        at = data.draw(st.integers(0, len(left)))
+        left = [*left[:at], some, *left[at:]]
+        assert len(some.missing) == parts - len(some.asked.get("shards", range(parts)))
+    same(ask(), merge(left))
+
+
+def test_shards_keep_places_and_go_on_after_a_kill(tmp_path):
+    net, images = network(SmallAlexNet), bytes_of(11, 40, 40)
+    ask = lambda **other: survey(net, "features.6", images, at="strongest", vectors=True, k=4,
+                                 sample=5, batch=3, **other)
+    shards = [ask(shard=(i, 3), resume=tmp_path/f"{i}.safetensors") for i in (3, 1, 2)]
+    loaded = [Survey.load(tmp_path/f"{i}.safetensors") for i in (1, 2, 3)]
+    whole, found = ask(), merge(loaded)
+    same(found, merge(shards))
+    for name in ("top_images", "top_places", "sample_images"):
+        assert torch.equal(getattr(found, name), getattr(whole, name))
+    torch.testing.assert_close(found.top_vectors, whole.top_vectors, rtol=1e-4, atol=1e-6)
+    found.save(tmp_path/"all.safetensors")
+    same(found, Survey.load(tmp_path/"all.safetensors"))
+    for other in ({}, dict(shard=(1, 3))):
+        with pytest.raises(ValueError, match="shards"):
+            ask(resume=tmp_path/"2.safetensors", **other)
+    for several, message in [([], "no surveys"), ([*shards, shards[1]], "shard 1 of 3 comes twice"),
+                             ([found, shards[0]], "comes twice"),
+                             ([shards[0], ask(shard=(1, 2))], "another division"),
+                             ([shards[0], survey(net, "features.6", images, k=5, shard=(1, 3))],
+                              "surveys with at = ")]:
+        with pytest.raises(ValueError, match=message): merge(several)
+    for shard in ((0, 3), (4, 3), (1, 12)):
+        with pytest.raises(ValueError, match=r"shard is \(1, n\)"): ask(shard=shard)
 
 
 @pytest.mark.parametrize("file", [b"", b"\x80\x04\x95 pickled", save(dict(weight=torch.ones(2)))])

@@ -1,14 +1,15 @@
-# make site    executes every notebook and renders the site into _docs/
-# make test    lint, exported code, every notebook, the tests
-# make lab     the notebooks in JupyterLab
-# make bench   the benchmarks
+# make site     executes every notebook and renders the site into _docs/
+# make test     lint, exported code, every notebook, the tests
+# make nightly  the same, with the slowest tests and with all examples of every property
+# make lab      the notebooks in JupyterLab
+# make bench    the benchmarks
 
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 ready = .venv/.ready
 run = .venv/bin/python -m
 
-.PHONY: site test lab bench write
+.PHONY: site test nightly lab bench write
 .DELETE_ON_ERROR:
 
 site: $(ready)
@@ -19,6 +20,10 @@ site: $(ready)
 test: $(ready)
 	@$(run) ruff check
 	@$(run) pytest
+
+nightly: $(ready)
+	@$(run) ruff check
+	@SUPERPOS_NIGHTLY=1 $(run) pytest -m "nightly or not nightly"
 
 write: $(ready)
 	@$(run) superpos.book execute

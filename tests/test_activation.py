@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
@@ -139,7 +140,7 @@ def numbered(n):
 def as_floats(x): return x.float()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(n=st.integers(1, 60), units=st.integers(1, 4), k=st.integers(1, 20),
        sample=st.integers(1, 70), batch=st.integers(1, 20), levels=st.integers(1, 9),
        seed=st.integers(0, 99))
@@ -334,7 +335,7 @@ def same(a, b):
         else: assert torch.equal(getattr(b, name), tensor), name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 @given(n=st.integers(1, 40), k=st.integers(1, 9), sample=st.integers(1, 50),
        levels=st.integers(1, 9), data=st.data())
 def test_shards_merge_in_any_order_to_one_pass(n, k, sample, levels, data):

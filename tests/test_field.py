@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -72,7 +73,7 @@ pool = st.builds(lambda k, s, p, c: lambda: nn.MaxPool2d(k, s, min(p, k//2),
 mean = st.builds(lambda k, s: lambda: nn.AvgPool2d(k, s), st.integers(1, 3), st.integers(1, 2))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.lists(st.one_of(convolution, pool, mean, st.just(nn.ReLU),
                           st.just(lambda: nn.BatchNorm2d(3))), max_size=4), st.data())
 def test_any_chain(layers, data):
@@ -444,7 +445,7 @@ class Random(nn.Module):
         return self.last(maps[-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.data())
 def test_any_graph(data):
     torch.manual_seed(0)

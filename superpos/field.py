@@ -223,10 +223,10 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, fn, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        versions = [t._version for t in given]
+        versions = [None if t.is_inference() else t._version for t in given]
         result = fn(*args, **kwargs)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-        written = [t for t, version in zip(given, versions) if t._version != version]
+        written = [t for t, version in zip(given, versions) if version not in (None, t._version)]
         if any(id(t) in self.known for t in given):
             if fn.__name__ in _looks:
                 self.looks = f"the network decides by values (in '{self._inside}')"
@@ -307,6 +307,7 @@ def _watched(model: nn.Module, layer: str, image: torch.Tensor) -> tuple[torch.T
 def _first_look(model: nn.Module, layer: str,
                 size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, _Watch]:
     "An image of noise, a layer's values for it, and what was seen on the way."
+    @torch.inference_mode(False)
     def look(*size):
         image = torch.rand(1, *size, generator=torch.Generator().manual_seed(0))
         image = image.to(next(model.parameters()))

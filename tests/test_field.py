@@ -472,6 +472,14 @@ def test_given_weights_reach_every_layer_of_a_graph():
     assert torch.allclose(path(path.crop(x), row, 2), whole[:, 2], rtol=1e-4, atol=1e-4)
 
 
+def test_a_way_is_found_in_inference_mode():
+    model, x = ResNet8(width=4).eval(), torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        path = pathway(model, "stages.1.conv2", (32, 32))
+        assert path.cropped and path(path.crop(x)).shape == (2, 8)
+        assert receptive_field(model, "stages.1.conv2", (32, 32)).rows.size == 13
+
+
 def test_a_way_through_branches_is_copied_and_run_whole():
     model, x = ResNet8(width=4).eval(), torch.rand(2, 3, 32, 32)
     path = pathway(model, "stages.1.conv2", (32, 32))

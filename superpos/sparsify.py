@@ -328,7 +328,7 @@ def _loss(target, reference, index, mask, recipe, mean, shared) -> torch.Tensor:
     (index, drawn), groups = (index[:3], index[3:]), reference.groups
     x = torch.cat([images[i] for images, i in zip(groups, index)])
     whole, instead = [w[i] for w, i in zip(reference.whole, index)], mean
-    score = functools.partial(objectives[recipe.objective], whole=whole, level=reference.level)
+    score = lambda y, whole=whole: objectives[recipe.objective](y, whole, reference.level)
     if drawn: instead = shared(lambda: target.replacement(groups[2][drawn[0]]))
     if recipe.ablation == "adversarial": instead = _worst(target, x, mask, instead, whole, score)
     return score(target(x, mask, instead).split([len(w) for w in whole]))

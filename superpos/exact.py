@@ -154,6 +154,8 @@ def _first_coordinate(base, first, v, b):
 @torch.no_grad()
 def _second_coordinate(base, first, second, v, b):
     "Nodes, weights (..., P) between where two cuts of the first coordinate meet or one leaves."
+    # Between two such places the order of the cuts along the first coordinate is the same, so
+    # the integral over it is one smooth function of this one, which eight nodes hold.
     i, j = torch.triu_indices(base.shape[-1], base.shape[-1], 1)
     across = lambda one, other: one[..., i]*other[..., j] - one[..., j]*other[..., i]
     meet = -across(base, first)/across(second, first)
@@ -173,6 +175,9 @@ def _face(
     unit,  # (n, 1, k): what each active feature adds to the targets
 ):
     "The part of the squared errors (..., n) where the last of the k active features is 1."
+    # The k faces are k cones from the origin that make up the cube: on each the ray through a
+    # point of the face is integrated by `_along_rays`, the face's first coordinate piece by
+    # piece, its second, if there is one, by nodes; then the parts of all faces are added.
     base, aim, weight, k = U[..., -1], unit[..., -1].expand_as(b), torch.ones_like(b), U.shape[-1]
     base = base.expand(*v.shape)
     if k == 1:

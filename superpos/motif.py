@@ -79,6 +79,19 @@ class Motif:
         return self.aggressor, self.inhibitor, self.victim
 
 # %% ../nbs/19_motif.ipynb #272614a0
+def _check_levels(gain, asymmetry, inhibition):
+    if not gain > 0: raise ValueError(f"gain must be above 0, got {gain}")
+    if not asymmetry > 1:
+        raise ValueError(f"asymmetry must be above 1, where weights are equal, got {asymmetry}")
+    if not inhibition >= 0: raise ValueError(f"inhibition must be at least 0, got {inhibition}")
+
+def _asymmetric_pairs(W, V, gain, asymmetry):
+    "Neurons k that serve features i and j, i with the larger in-weight, j with the out-weight."
+    serves = W*V
+    both = (serves[:, :, None] >= gain) & (serves[:, None] >= gain)
+    unequal = (W[:, :, None] >= asymmetry*W[:, None]) & (V[:, None] >= asymmetry*V[:, :, None])
+    return (both & unequal).nonzero().tolist()
+
 def find_motifs(
     toy: Toy,  # one model: select it with `toy[instance, seed]`
     gain: float = .5,  # least |in-weight|·out-weight of either feature at the neuron
@@ -87,18 +100,11 @@ def find_motifs(
 ) -> list[Motif]:
     "Every asymmetric pair with its strongest inhibitor."
     _check_one(toy)
-    if not gain > 0: raise ValueError(f"gain must be above 0, got {gain}")
-    if not asymmetry > 1:
-        raise ValueError(f"asymmetry must be above 1, where weights are equal, got {asymmetry}")
-    if not inhibition >= 0: raise ValueError(f"inhibition must be at least 0, got {inhibition}")
+    _check_levels(gain, asymmetry, inhibition)
     toy = balance_neurons(toy)
-    W, V = toy.W.detach(), toy.V.detach().mT
+    W, V, motifs = toy.W.detach(), toy.V.detach().mT, []
     serves = W.abs()*V
-    both = (serves[:, :, None] >= gain) & (serves[:, None] >= gain)
-    unequal = ((W.abs()[:, :, None] >= asymmetry*W.abs()[:, None])
-               & (V[:, None] >= asymmetry*V[:, :, None]))
-    motifs = []
-    for k, i, j in (both & unequal).nonzero().tolist():
+    for k, i, j in _asymmetric_pairs(W.abs(), V, gain, asymmetry):
         taken = -(W[k, i].sign()*W[:, i]).clamp(min=0)*V[:, j]
         by = int(taken.argmax())
         if taken[by] < inhibition*W[k, i].abs()*V[k, j]: continue

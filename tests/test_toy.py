@@ -61,6 +61,15 @@ def test_torch_and_numba_take_the_same_step(kind):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["relu_output", "absolute"])
+def test_a_batch_in_blocks_of_which_the_last_is_not_full(kind):
+    features = Features(150, density=.3, signed=kind == "absolute")
+    runs = [train(features, 10, kind, seeds=(1, 2), steps=2, batch=333, backend=backend,
+                  quiet=True) for backend in ("numba", "torch")]
+    torch.testing.assert_close(runs[0].loss, runs[1].loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(runs[0].toy.b, runs[1].toy.b, atol=2e-4, rtol=0)
+
+
 def test_random_numbers_agree_bit_by_bit():
     seeds = torch.tensor([[0, 1, 2**40]])
     keys = _keys(seeds, torch.arange(5))

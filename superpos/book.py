@@ -722,7 +722,16 @@ def _beside(root: Path, notebook: Path, site: Path, page: str) -> str:
     if re.search('<details class="(?:code-fold|book-signature)', page): links.append(_code_switch)
     return f'<p class="book-beside">{" ".join(links)}</p>'
 
-_search_from_disk = """
+_page_script = """
+const reachable = () => {
+  for (const part of document.querySelectorAll("main :is(pre, table, .sd-table, math)")) {
+    if (part.scrollWidth > part.clientWidth + 1) part.tabIndex = 0;
+    else part.removeAttribute("tabindex");
+  }
+};
+addEventListener("load", reachable);
+addEventListener("resize", reachable);
+document.addEventListener("toggle", reachable, true);
 if (location.protocol === "file:") {
   const fetched = window.fetch;
   window.fetch = (what, ...rest) => {
@@ -742,21 +751,21 @@ def _edit(path: Path, change) -> None:
     path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 def _furnish(root: Path, site: Path, executed: bool) -> None:
-    "Put beside each page what belongs to it, and make the search work from disk."
+    "Put beside each page what belongs to it: links, and a script for the search and the keyboard."
     (site/"notebooks").mkdir()
 
     def with_links(page: str) -> str:
         above, header, below = page.partition('id="title-block-header"')
         title, end, rest = below.partition("</header>")
         beside = _beside(root, notebook, site, below)
-        above = above.replace("</head>", '<script src="search-from-disk.js"></script></head>')
+        above = above.replace("</head>", '<script src="book.js"></script></head>')
         return above + header + title + end + (beside if end else "") + rest
 
     for notebook in notebooks(root):
         shutil.copy(_executed(root, notebook) if executed else notebook, site/"notebooks")
         page = site/_page_name(notebook.name).replace(".ipynb", ".html")
         if page.exists(): _edit(page, with_links)
-    (site/"search-from-disk.js").write_text(_search_from_disk.lstrip(), encoding="utf-8")
+    (site/"book.js").write_text(_page_script.lstrip(), encoding="utf-8")
     if (index := site/"search.json").exists():
         said = f"window.searchIndex = {index.read_text(encoding='utf-8')};"
         (site/"search.js").write_text(said, encoding="utf-8")

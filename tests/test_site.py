@@ -28,7 +28,7 @@ if __name__ == "__main__": render(executed=False)
 
 def is_fresh(site: Path) -> bool:
     kept = site/"notebooks"
-    if not (site/"search-from-disk.js").exists(): return False
+    if not (site/"book.js").exists(): return False
     if not filecmp.cmp(root/"nbs"/"styles.css", site/"styles.css", shallow=False): return False
     return all((kept/nb.name).exists() and _written(nb) == _written(kept/nb.name)
                for nb in notebooks(root))
@@ -143,6 +143,17 @@ const shares = (body) => {
   return {high: Math.round(start.height), code: high/start.height,
     first: Math.round(first + body.defaultView.scrollY)};
 };
+const judged = async (frame) => {  // by axe-core, but for the contrast, which `faint` measures
+  const script = frame.contentDocument.createElement("script");
+  const loaded = new Promise((done) => script.onload = done);
+  script.src = "axe.min.js";
+  frame.contentDocument.head.append(script);
+  await loaded;
+  const {violations} = await frame.contentWindow.axe.run(frame.contentDocument, {
+    resultTypes: ["violations"], rules: {"color-contrast": {enabled: false}}});
+  return violations.filter((v) => ["serious", "critical"].includes(v.impact))
+    .map((v) => `${v.id}: ${v.nodes.length} of ${v.nodes[0].html.slice(0, 120)}`);
+};
 const look = async (page) => {
   const frame = document.createElement("iframe");
   frame.style.cssText = "width: PHONEpx; height: 800px; border: 0";
@@ -186,6 +197,7 @@ const look = async (page) => {
       d.querySelector("summary").click();
       return d.open !== was;
     })};
+  said.axe = await judged(frame);
   said.narrow = code(frame);
   frame.style.width = "DESKpx";
   await later(60);
@@ -218,8 +230,9 @@ def toured(site, browse):
     asked = dict(PAGES=json.dumps(pages), PHONE=str(phone), DESK=str(desk))
     script = re.sub("PAGES|PHONE|DESK", lambda m: asked[m[0]], tour)
     (site/"tour.htm").write_text(script, encoding="utf-8")
+    shutil.copy(root/"tests"/"axe.min.js", site)
     page, console = browse(site/"tour.htm", "--allow-file-access-from-files",
-                           milliseconds=500*len(pages))
+                           milliseconds=2000*len(pages))
     found = re.search(r'<body id="finished">(.*)</body>', page, re.S)
     assert found, page[-1000:]
     seen = json.loads(unescape(found[1]))
@@ -268,6 +281,10 @@ def test_code_keeps_its_lines(toured):
 @pytest.mark.parametrize("scheme", ["faint", "dark"])
 def test_text_stands_out_from_its_background(toured, scheme):
     assert {page: s[scheme] for page, s in toured[0].items() if s[scheme]} == {}
+
+
+def test_nothing_serious_stands_in_the_way_of_assistive_technology(toured):
+    assert {page: s["axe"] for page, s in toured[0].items() if s["axe"]} == {}
 
 
 def test_pages_respond(toured):

@@ -31,12 +31,12 @@ class Case:
     "A unit and images that a recipe is tried on."
     null: str  # "unit" for the real one, or which null it is
     target: Target  # the unit
-    groups: Groups
+    groups: Groups  # own, other and background
 
 @torch.no_grad()
 def answers(
     target: Target,  # a unit of the layer
-    groups: Groups,
+    groups: Groups,  # own, other and background
 ) -> np.ndarray:  # (units, 2): to own and to other; NaN for a unit that is constant
     "How much each unit of the layer answers to either group, in the background's deviations."
     own, other, background = (torch.cat([target.path(x) for x in part.split(64)]).double()
@@ -48,7 +48,7 @@ def answers(
 
 def controls(
     target: Target,  # the unit
-    groups: Groups,
+    groups: Groups,  # own, other and background
     count: int = 4,  # how many
 ) -> list[Target]:
     "The other units of the layer that answer to both groups most nearly as much."
@@ -77,7 +77,7 @@ def cut_in_two(
 def permuted(
     own: torch.Tensor,  # crops
     other: torch.Tensor,  # crops
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the order
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "The same images in two groups of the same sizes, dealt out anew."
     both = torch.cat([own, other])
@@ -87,7 +87,7 @@ def permuted(
 @torch.no_grad()
 def shuffled(
     target: Target,  # the unit
-    rng: np.random.Generator,
+    rng: np.random.Generator,  # of the order
 ) -> Target:  # in a copy of the network
     "The unit of a network whose earlier weights are shuffled within each layer."
     path, made = target.path, copy.deepcopy(target.path.model)
@@ -100,7 +100,7 @@ def shuffled(
 @torch.no_grad()
 def made_singles(
     target: Target,  # a unit of the layer
-    groups: Groups,
+    groups: Groups,  # own, other and background
     count: int = 2,  # how many
 ) -> list[Case]:
     "Grafts of the pairs of units that say most nearly the same, and the images that drive them."
@@ -130,7 +130,7 @@ def _single(target, pair, x, maps, strong) -> Case:
 # %% ../nbs/35_nulls.ipynb #86e16a5a
 def cases(
     target: Target,  # the unit
-    groups: Groups,
+    groups: Groups,  # own, other and background
     count: int = 4,  # of the controls; half as many made singles, and networks to shuffle
     seed: int = 0,  # of what is drawn
 ) -> Iterator[Case]:

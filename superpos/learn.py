@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from .acquire import Pool, check_rows, mc_dropout, query, strategies
@@ -142,6 +141,7 @@ def frozen_features(
     batch: int = 250,  # images at a time
 ) -> torch.Tensor:  # (N, d), half precision, on the CPU
     "What a trunk makes of each image; computed once, and kept in the user's cache."
+    from safetensors.torch import load_file
     digest = hashlib.sha256(f"{fingerprint(trunk)} {size}".encode())
     for part in ([images.source] if isinstance(images.source, np.ndarray)
                  else (path.read_bytes() for path in images.source)): digest.update(part)

@@ -481,8 +481,9 @@ def _key_figure(cells: list[dict]) -> int | None:
     opening = list(itertools.takewhile(lambda cell: not is_heading(cell), cells))
     drawn = {label: n for n, cell in enumerate(cells)
              if (label := _label(cell)).startswith("fig-") and _has_picture(cell)}
-    shows = any("text/html" in o.get("data", ()) for c in opening for o in c.get("outputs", ()))
-    if shows or not drawn: return None
+    html = ("".join(o.get("data", {}).get("text/html", "")) for c in opening
+            for o in c.get("outputs", ()))
+    if not drawn or any("<script" in part for part in html): return None
     said = "".join("".join(c["source"]) for c in opening if c["cell_type"] == "markdown")
     named = [label for label in re.findall(r"\(#(fig-[\w-]+)\)", said) if label in drawn]
     return drawn[[*named, *drawn][0]]

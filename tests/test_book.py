@@ -542,9 +542,10 @@ def test_what_is_not_drawn_has_no_caption(project):
     source = "#| label: fig-a\n#| fig-cap: >-\n#|   Long\n#| fig-alt: Alt\n#| slow\nplot()"
     cells = [source, source, "#| label: tbl-a\n1"]
     notebook = page(project/"nbs"/"00_a.ipynb", *cells, outputs={1: drawn})
-    empty, full, table = (c["source"] for c in json.loads(_for_page(notebook))["cells"])
+    empty, full, drawing, _, table = (c["source"] for c in json.loads(_for_page(notebook))["cells"])
     assert empty == ["#| slow\n", "plot()"]
-    assert full[:3] == ["#| label: fig-a\n", '#| fig-cap: "Long"\n', "#| fig-alt: Alt\n"]
+    assert full[1:] == ["#| label: fig-a\n", '#| fig-cap: "Long"\n', "#| fig-alt: Alt\n"]
+    assert drawing == empty
     assert table == ["#| label: tbl-a\n", "1"]
 
 
@@ -566,7 +567,9 @@ def test_a_page_opens_with_its_key_figure(project):
     assert "(#fig-b)" in "".join(link["source"])
     unnamed = page(project/"nbs"/"01_b.ipynb", "# B", *figures, outputs={1: drawn, 2: drawn})
     assert "#| label: fig-a\n" in staged(unnamed)[1]["source"]
-    shows = page(project/"nbs"/"02_c.ipynb", "# C", "1", *figures, outputs={1: drawn, 2: drawn})
+    script = {"text/html": "<script></script>"}
+    slider = [dict(output_type="display_data", metadata={}, data=script)]
+    shows = page(project/"nbs"/"02_c.ipynb", "# C", "1", *figures, outputs={1: slider, 2: drawn})
     assert len(staged(shows)) == 4
     assert len(staged(page(project/"nbs"/"03_d.ipynb", "# D", *figures))) == 3
 

@@ -670,7 +670,7 @@ _fetched_tag = re.compile(
     r"""|<link\b(?![^>]*\srel=["']?(?:canonical|alternate))"""
     r"""[^>]*\shref=["']?(?:https?:)?//[^>]*>\n?""", re.I)
 
-_drawn = re.compile(r'<img ([^>]*src="data:image/png;base64,([^"]+))')
+_drawn = re.compile(r'<img ([^>]*src="data:image/)png;base64,([^"]+)')
 
 def _is_photograph(picture) -> bool:
     "Whether a picture would be spoilt by turning light into dark: little paper, many colours."
@@ -680,11 +680,13 @@ def _is_photograph(picture) -> bool:
                 and len(np.unique(shades @ np.array([1024, 32, 1]))) > 1000)
 
 def _as_shown(m: re.Match) -> str:
-    "A picture at half its width, and marked where the page in the dark may turn it."
+    "A picture at half its width: a drawing, which the dark may turn, or a photograph, as WebP."
     from PIL import Image
     with Image.open(io.BytesIO(base64.b64decode(m[2]))) as picture:
-        kind = "book-photograph" if _is_photograph(picture) else "book-drawing"
-        return f'<img width="{picture.width//2}" data-kind="{kind}" {m[1]}'
+        start = f'<img width="{picture.width//2}" data-kind="book-'
+        if not _is_photograph(picture): return f'{start}drawing" {m[1]}png;base64,{m[2]}'
+        picture.convert("RGB").save(light := io.BytesIO(), "webp", quality=85)
+    return f'{start}photograph" {m[1]}webp;base64,{base64.b64encode(light.getvalue()).decode()}'
 
 def _as_cards(m: re.Match) -> str:
     "A table whose cells know their columns' names, for phones, where a row becomes a card."

@@ -583,7 +583,7 @@ def test_pictures_say_whether_the_dark_may_turn_them():
     noise = np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)
     white = np.full_like(noise, 255)
     half = np.concatenate([noise[:38], white])
-    assert '<img width="30" data-kind="book-photograph" ' in shown(noise)
+    assert '<img width="30" data-kind="book-photograph" src="data:image/webp;' in shown(noise)
     for drawing in (half, noise//64*64, white):
         assert 'data-kind="book-drawing"' in shown(drawing)
 

@@ -680,13 +680,14 @@ def _is_photograph(picture) -> bool:
                 and len(np.unique(shades @ np.array([1024, 32, 1]))) > 1000)
 
 def _as_shown(m: re.Match) -> str:
-    "A picture at half its width: a drawing, which the dark may turn, or a photograph, as WebP."
+    "A picture as WebP at half its width: a drawing, which the dark may turn, or a photograph."
     from PIL import Image
     with Image.open(io.BytesIO(base64.b64decode(m[2]))) as picture:
-        start = f'<img width="{picture.width//2}" data-kind="book-'
-        if not _is_photograph(picture): return f'{start}drawing" {m[1]}png;base64,{m[2]}'
-        picture.convert("RGB").save(light := io.BytesIO(), "webp", quality=85)
-    return f'{start}photograph" {m[1]}webp;base64,{base64.b64encode(light.getvalue()).decode()}'
+        kind = "photograph" if _is_photograph(picture) else "drawing"
+        picture.convert("RGB").save(light := io.BytesIO(), "webp", quality=85, method=3,
+                                    lossless=kind == "drawing")
+    data = base64.b64encode(light.getvalue()).decode()
+    return f'<img width="{picture.width//2}" data-kind="book-{kind}" {m[1]}webp;base64,{data}'
 
 def _as_cards(m: re.Match) -> str:
     "A table whose cells know their columns' names, for phones, where a row becomes a card."

@@ -585,7 +585,10 @@ def test_pictures_say_whether_the_dark_may_turn_them():
     half = np.concatenate([noise[:38], white])
     assert '<img width="30" data-kind="book-photograph" src="data:image/webp;' in shown(noise)
     for drawing in (half, noise//64*64, white):
-        assert 'data-kind="book-drawing"' in shown(drawing)
+        given = shown(drawing)
+        assert 'data-kind="book-drawing"' in given
+        kept = base64.b64decode(given.split("base64,")[1].split('"')[0])
+        assert (np.asarray(Image.open(io.BytesIO(kept))) == drawing).all()
 
 
 def test_rows_become_cards_where_columns_have_names():
